@@ -1,0 +1,448 @@
+"""IDP, inference-time dynamic prompting: the whole method in one file.
+
+Paper: "Do Compressed LLMs Forget Knowledge? An Experimental Study with Practical Implications", arXiv 2310.00867.
+A compressed language model may have *displaced* its knowledge rather than forgotten it; a soft prompt can redirect it.
+IDP keeps m soft prompts, learnt separately, and lets each input choose one at inference: the prompt to which its own
+first-layer attention is largest on average. The choice is made inside the attention forward pass, so it costs no extra
+pass: every layer afterwards sees the chosen prompt only.
+
+    python idp_minimal.py            # demo: tiny random model, CPU, seconds; fused pass against the slow reference
+
+    bank = PromptBank.from_prompts(model, [P_0, P_1, P_2])            # P_k: (n_k, d) embeddings
+    with attach_idp(model, bank) as idp:
+        logits = model(input_ids, attention_mask=mask).logits         # (B, T, V): prompts add no rows
+        idp.choice                                                    # (B,) the prompt that each sequence chose
+        model.generate(input_ids, attention_mask=mask, max_new_tokens=20)
+
+Letters: B batch, T input tokens, m prompts, n_k tokens of prompt k, N = max n_k, S = sum n_k, h heads, h_kv key heads,
+d width, d_k head width, L layers. A is an attention matrix after its softmax.
+
+The paper's text was not at hand when this was written, so steps are tagged by topic, [IDP: prompts] [IDP: bank]
+[IDP: score] [IDP: choice] [IDP: fusion], and what its public abstract leaves open is marked NOT IN PAPER with our reason.
+DEVIATES: nothing known.
+"""
+import contextlib
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+# --- 1. Soft prompts and their bank of keys and values [IDP: prompts] [IDP: bank] --------------------------------------
+# A soft prompt P_k is n_k vectors that take the place of token embeddings. Under a causal mask its keys and values depend
+# on nothing that follows, so each prompt runs through the model once, ever, and only its keys and values are kept.
+
+def prompt_positions(n, N):
+    """Positions N-n .. N-1 of a prompt of n tokens, (1, n): right-aligned, so that the input always starts at N.
+
+    NOT IN PAPER: with relative positions (RoPE) this is exactly the prompt run alone. With a learned position table
+    (OPT, GPT-2) it decides which rows are used, so train there too.
+    """
+    return torch.arange(N - n, N)[None]
+
+
+@dataclass
+class PromptBank:
+    """Keys and values of m prompts in every layer.
+
+    keys, values: L tensors (m, h_kv, N, d_k); a prompt shorter than N is padded with zeros on the left.
+    lengths: the m numbers n_k.
+    """
+    keys: list
+    values: list
+    lengths: list
+    valid: torch.Tensor = field(init=False)                # (m, N) True where a column holds a prompt token
+    owner: torch.Tensor = field(init=False)                # (S,) which prompt each of all S prompt tokens belongs to
+
+    def __post_init__(self):
+        device, N = self.keys[0].device, self.N
+        lengths = torch.tensor(self.lengths, device=device)
+        self.valid = torch.arange(N, device=device) >= N - lengths[:, None]                    # (m, N)
+        self.owner = torch.arange(self.m, device=device).repeat_interleave(lengths)            # (S,)
+
+    @property
+    def m(self):
+        """The number of prompts."""
+        return len(self.lengths)
+
+    @property
+    def N(self):
+        """Tokens of the longest prompt: the width of the prefix that every input sees."""
+        return max(self.lengths)
+
+    @classmethod
+    @torch.no_grad()
+    def from_prompts(cls, model, prompts):
+        """Run each prompt alone, once, and keep what it leaves in the cache. prompts: m tensors (n_k, d).
+
+        d is the width of the model's token embeddings, which in OPT-350m is narrower than its hidden size.
+        Raises ValueError when there is no prompt, or one has the wrong shape.
+        """
+        embedding = model.get_input_embeddings().weight
+        if not prompts or any(P.dim() != 2 or len(P) < 1 or P.shape[1] != embedding.shape[1] for P in prompts):
+            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {embedding.shape[1]}), "
+                             f"got {[tuple(P.shape) for P in prompts]}")
+        N = max(len(P) for P in prompts)
+        layers = [prompt_cache(model, P, N) for P in prompts]                                  # m x L x (k, v)
+        pad = lambda x: F.pad(x[0], (0, 0, N - x.shape[2], 0))                                 # (h_kv, N, d_k)
+        keys = [torch.stack([pad(k) for k, _ in layer]) for layer in zip(*layers)]             # L x (m, h_kv, N, d_k)
+        values = [torch.stack([pad(v) for _, v in layer]) for layer in zip(*layers)]
+        return cls(keys, values, [len(P) for P in prompts])
+
+
+def prompt_cache(model, P, N):
+    """Keys and values of one prompt run alone at positions N-n .. N-1. P: (n, d) -> L pairs of (1, h_kv, n, d_k)."""
+    weight = model.get_input_embeddings().weight
+    cache = DynamicCache()                                 # no config: a sliding window must not drop prompt tokens
+    model(inputs_embeds=P[None].to(weight), position_ids=prompt_positions(len(P), N).to(weight.device),
+          attention_mask=torch.ones(1, len(P), dtype=torch.long, device=weight.device),
+          past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+# --- 2. Score [IDP: score] ----------------------------------------------------------------------------------------------
+# A selector maps the first layer's attention to prompt tokens onto one score per prompt; the largest wins.
+# All have one signature:  A (B, h, T, S), real (B, T) bool, owner (S,) -> (B, m).
+# EXERCISE: add a rule. One function, one line in SELECTORS; the tests of the law pick it up.
+
+def attention_to_prompts(module, query, key, K_prompts, mask, scaling):
+    """A over every prompt token, as if all prompts and the causal input shared one softmax.
+
+    query (B, h, T, d_k), key (B, h_kv, T, d_k), K_prompts (h_kv, S, d_k), mask (B, 1, T, T) bool -> (B, h, T, S) float32.
+    """
+    B, h, T, _ = query.shape
+    K_p = K_prompts.expand(B, -1, -1, -1)                                                      # (B, h_kv, S, d_k)
+    S = K_p.shape[2]
+    # How much of each query's attention falls on prompts at all: attention whose values are 1 on prompt tokens and 0 on
+    # the input. The fused kernel computes the softmax over all S + T columns without ever holding (T, S + T).
+    K_all = torch.cat([K_p, key], dim=2)                                                       # (B, h_kv, S+T, d_k)
+    on_prompts = torch.cat([torch.ones_like(K_p), torch.zeros_like(key)], dim=2)
+    all_mask = torch.cat([mask.new_ones(B, 1, T, S), mask], dim=3)                             # (B, 1, T, S+T)
+    mass = sdpa_attention_forward(module, query, K_all, on_prompts, all_mask, scaling=scaling)[0][..., 0]  # (B, T, h)
+    # A_tj = mass_t * softmax over prompt tokens only: the two factors of one softmax over everything.
+    K_p = K_p.repeat_interleave(h // K_p.shape[1], dim=1)                                      # (B, h, S, d_k)
+    logits = (query @ K_p.transpose(2, 3)).float() * scaling                                   # (B, h, T, S)
+    return mass.transpose(1, 2)[..., None].float() * logits.softmax(-1)
+
+
+def per_prompt_mean(a, owner):
+    """Mean over the tokens of each prompt. a: (B, S) -> (B, m)."""
+    member = F.one_hot(owner).to(a)                                                            # (S, m)
+    return a @ member / member.sum(0)
+
+
+def mean_attention(A, real, owner):
+    """The paper's rule. s_k = mean of A over heads, input tokens and the n_k tokens of prompt k.
+
+    NOT IN PAPER: heads of the first layer, whose queries no prompt has influenced yet; real tokens only, so that
+    padding cannot change the choice; one softmax over all prompts and the causal input, so that scores compare.
+    """
+    a = (A.mean(1) * real[..., None]).sum(1) / real.sum(1, keepdim=True)                       # (B, S)
+    return per_prompt_mean(a, owner)
+
+
+def total_attention(A, real, owner):
+    """s_k = n_k times the mean: the sum over the prompt's tokens, which favours long prompts."""
+    return mean_attention(A, real, owner) * torch.bincount(owner)
+
+
+def max_attention(A, real, owner):
+    """s_k = max of A over heads, real input tokens and the tokens of prompt k."""
+    a = (A * real[:, None, :, None]).amax((1, 2))                                              # (B, S)
+    m = int(owner[-1]) + 1
+    return torch.stack([a[:, owner == k].amax(1) for k in range(m)], dim=1)
+
+
+def last_token(A, real, owner):
+    """s_k = mean of A over heads and prompt tokens, for the last real input token alone."""
+    T = real.shape[1]
+    last = T - 1 - real.flip(1).long().argmax(1)                                               # (B,)
+    a = A.mean(1)[torch.arange(len(A), device=A.device), last]                                 # (B, S)
+    return per_prompt_mean(a, owner)
+
+
+def random_choice(A, real, owner, generator=None):
+    """Control: a random prompt for each sequence."""
+    return torch.rand(len(A), int(owner[-1]) + 1, generator=generator).to(A)
+
+
+def fixed_choice(A, real, owner, k=0):
+    """Control: prompt k for every sequence, a single soft prompt."""
+    return F.one_hot(torch.full((len(A),), k, device=A.device), int(owner[-1]) + 1).to(A)
+
+
+def oracle_choice(A, real, owner, loss=None):
+    """Upper bound, for analysis: the prompt with the lowest loss on the answer itself. loss: (B, m)."""
+    return -loss.to(A)
+
+
+SELECTORS = {"mean_attention": mean_attention, "total_attention": total_attention, "max_attention": max_attention,
+             "last_token": last_token, "random": random_choice, "fixed": fixed_choice, "oracle": oracle_choice}
+
+
+# --- 3. Choice, fused into the attention forward pass [IDP: choice] [IDP: fusion] ----------------------------------------
+
+@dataclass
+class Call:
+    """What the attention layers of one forward pass share."""
+    idp: "IDP"
+    mask: torch.Tensor                                     # (B, 1, T, N + past + T) bool; None when nothing is hidden
+    real: torch.Tensor                                     # (B, T) bool: which queries are real tokens
+    prefill: bool                                          # True: choose, and put the chosen prompt in the cache
+    choice: torch.Tensor = None                            # (B,)
+
+
+def idp_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, idp=None, **kwargs):
+    """One attention layer with IDP inside. transformers calls it in place of its own, after positions and cache update.
+
+    query (B, h, T, d_k); key, value (B, h_kv, N + past + T, d_k), whose first N columns are empty at prefill.
+    Returns (out (B, T, h, d_k), A or None).
+    """
+    if idp is None:
+        raise RuntimeError("under attach_idp, call the model that was attached, not one of its submodules")
+    if idp.prefill:
+        bank, N = idp.idp.bank, idp.idp.bank.N
+        if idp.choice is None:                             # the first layer: score, choose once, narrow the mask
+            choose_prompt(idp, module, query, key[:, :, N:], scaling)
+        # `key` and `value` are the cache's own tensors: writing here leaves the chosen prompt in the cache and no loser.
+        key[:, :, :N] = bank.keys[module.layer_idx][idp.choice]                                # (B, h_kv, N, d_k)
+        value[:, :, :N] = bank.values[module.layer_idx][idp.choice]
+    attend = sdpa_attention_forward if idp.idp.attention == "sdpa" else eager_attention
+    return attend(module, query, key, value, idp.mask, scaling=scaling, dropout=dropout)
+
+
+def choose_prompt(call, module, query, key, scaling):
+    """Score every prompt by the first layer's attention and keep the best: one choice per sequence, made once.
+
+    query (B, h, T, d_k), key (B, h_kv, T, d_k): the input alone. Sets call.choice, idp.scores, idp.choice.
+    """
+    idp, bank = call.idp, call.idp.bank
+    K_prompts = bank.keys[module.layer_idx].transpose(1, 2)[bank.valid].transpose(0, 1)        # (h_kv, S, d_k)
+    A = attention_to_prompts(module, query, key, K_prompts, call.mask[..., bank.N:], scaling)  # (B, h, T, S)
+    idp.scores = idp.select(A, call.real, bank.owner)                                          # (B, m)
+    # choice = argmax_k s_k; NOT IN PAPER: a tie goes to the lowest k, so that runs repeat
+    idp.choice = call.choice = idp.scores.argmax(1)                                            # (B,)
+    call.mask[..., :bank.N] = bank.valid[call.choice][:, None, None]                           # hide a short prompt's padding
+
+
+def eager_attention(module, query, key, value, mask, scaling, dropout=0.0):
+    """The same attention in plain PyTorch, to read or to look inside. Returns (out (B, T, h, d_k), A (B, h, T, .))."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)          # (B, h, ., d_k)
+    logits = (query @ key.transpose(2, 3)).float() * scaling                                   # (B, h, T, .)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    A = F.dropout(logits.softmax(-1).to(query.dtype), dropout, module.training)
+    return (A @ value).transpose(1, 2).contiguous(), A
+
+
+AttentionInterface.register("idp", idp_attention)          # no mask function of that name: the mask is ours, in Call
+
+
+# --- 4. Into a Hugging Face model -----------------------------------------------------------------------------------------
+
+class IDP:
+    """What `with attach_idp(...) as idp` gives: idp.choice (B,) and idp.scores (B, m) of the last prefill."""
+
+    def __init__(self, bank, selector, attention, options):
+        self.bank, self.attention, self.options = bank, attention, options
+        self.rule = SELECTORS[selector]
+        self.choice = self.scores = None
+
+    def select(self, A, real, owner):
+        """The selector with its options. -> (B, m)."""
+        return self.rule(A, real, owner, **self.options)
+
+    def before_forward(self, model, args, kwargs):
+        """Forward pre-hook: make room for N prompt columns in cache, mask and positions. Prompts add no rows."""
+        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        kwargs = {**given.pop("kwargs", {}), **given}
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        B, T = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = DynamicCache()
+        device = self.bank.keys[0].device
+        prefill = cache.get_seq_length() == 0
+        self.check(model, cache, prefill)
+        if prefill:
+            reserve_columns(cache, self.bank, B)
+        past = cache.get_seq_length() - self.bank.N                                            # real tokens before these
+        self.check_length(model.config, past + T)
+        if mask is None:
+            mask = torch.ones(B, past + T, dtype=torch.long, device=device)
+        if mask.shape != (B, past + T):
+            raise ValueError(f"attention_mask must be (B, past + T) = {(B, past + T)} over real tokens, without the "
+                             f"prompt's columns; got {tuple(mask.shape)}")
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]                     # (B, T)
+        real = mask.bool()
+        call = Call(self, prefill_or_decode_mask(real, past, self.prompt_columns(cache, B, prefill)), real[:, past:], prefill)
+        kwargs.update(past_key_values=cache, attention_mask=call.mask, position_ids=positions + self.bank.N, idp=call)
+        return (), kwargs
+
+    def after_forward(self, model, args, kwargs, output):
+        """Forward hook: a caller who wanted no cache gets none back, or generate(use_cache=False) would go on from it."""
+        if kwargs.get("use_cache") is False and "past_key_values" in output:
+            return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+
+    def prompt_columns(self, cache, B, prefill):
+        """(B, N) True where a prompt column may be attended to.
+
+        After the choice this is read off the cache itself, where a short prompt's padding has zero keys: so whatever
+        reorders, repeats or selects the rows of the cache (beam search does) carries it along.
+        """
+        if prefill or len(set(self.bank.lengths)) == 1:
+            return self.bank.valid.new_ones(B, self.bank.N)
+        return cache.layers[0].keys[:, 0, :self.bank.N].ne(0).any(-1)
+
+    def check(self, model, cache, prefill):
+        """Refuse what would silently lose the prompt."""
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(f"attach_idp needs a DynamicCache, got {type(cache).__name__}")
+        if not prefill and getattr(cache, "idp_bank", None) is not self.bank:
+            raise ValueError("past_key_values was filled without this prompt bank: prefill under the same attach_idp")
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one of the two off")
+
+    def check_length(self, config, tokens):
+        """The prefix takes N of the model's positions, and must stay inside a sliding window."""
+        limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
+        if any(limit and self.bank.N + tokens > limit for limit in limits):
+            raise ValueError(f"{self.bank.N} prompt tokens + {tokens} input tokens exceed the model's limit of "
+                             f"{min(filter(None, limits))} positions: shorten the input or the prompts")
+
+
+def reserve_columns(cache, bank, B):
+    """Fill an empty cache with N columns per layer that the attention layers will overwrite with the chosen prompt."""
+    for layer, (k, v) in enumerate(zip(bank.keys, bank.values)):
+        cache.update(k.new_zeros(B, *k.shape[1:]), v.new_zeros(B, *v.shape[1:]), layer)        # (B, h_kv, N, d_k)
+    cache.idp_bank = bank
+
+
+def prefill_or_decode_mask(real, past, prompt):
+    """Who may see whom: prompt columns as given, then real tokens up to oneself.
+
+    real (B, past + T) bool, prompt (B, N) bool -> (B, 1, T, N + past + T) bool, or None when one token sees everything,
+    which lets the kernel skip masking while decoding.
+    """
+    B, total = real.shape
+    T = total - past
+    if T == 1 and past > 0 and bool(real.all()) and bool(prompt.all()):
+        return None
+    causal = torch.ones(T, total, dtype=torch.bool, device=real.device).tril(past)             # (T, past + T)
+    tokens = causal[None, None] & real[:, None, None]                                          # (B, 1, T, past + T)
+    return torch.cat([prompt[:, None, None].expand(B, 1, T, -1), tokens], dim=3)
+
+
+@contextlib.contextmanager
+def attach_idp(model, bank, selector="mean_attention", attention="sdpa", **options):
+    """Within the block, model(...) and model.generate(...) choose and use a prompt from the bank.
+
+    selector: a key of SELECTORS; options go to it (fixed: k=; random: generator=; oracle: loss=).
+    attention: "sdpa" (fast) or "eager" (plain, returns A when output_attentions=True). Gradients flow to inputs and
+    weights, and to a bank whose tensors require them; gradient checkpointing is refused.
+    Raises ValueError for an unknown selector or a model whose attention cannot be replaced.
+    """
+    if selector not in SELECTORS or attention not in ("sdpa", "eager"):
+        raise ValueError(f"selector {selector!r} must be one of {sorted(SELECTORS)}, attention {attention!r} sdpa or eager")
+    before = model.config._attn_implementation
+    idp = IDP(bank, selector, attention, options)
+    model.set_attn_implementation("idp")
+    if model.config._attn_implementation != "idp":         # unsupported classes only warn
+        raise ValueError(f"the attention of {type(model).__name__} cannot be replaced")
+    hooks = [model.register_forward_pre_hook(idp.before_forward, with_kwargs=True),
+             model.register_forward_hook(idp.after_forward, with_kwargs=True)]
+    try:
+        yield idp
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def prompt_losses(model, bank, input_ids, attention_mask, labels=None, **options):
+    """Mean next-token loss of every sequence under every prompt, for the oracle. -> (B, m) float32.
+
+    labels: (B, T), -100 where a token does not count; the real tokens themselves when absent.
+    """
+    labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
+    losses = []
+    for k in range(bank.m):
+        with attach_idp(model, bank, "fixed", k=k, **options):
+            logits = model(input_ids, attention_mask=attention_mask).logits[:, :-1].float()    # (B, T-1, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")        # (B, T-1), 0 at -100
+        losses.append(loss.sum(1) / (labels[:, 1:] != -100).sum(1))
+    return torch.stack(losses, dim=1)
+
+
+# --- 5. The slow, obvious version: choose first, then run only that prompt -------------------------------------------------
+
+@torch.no_grad()
+def idp_reference(model, prompts, input_ids, attention_mask=None):
+    """What the fused pass must equal. One sequence at a time, without padding, bank, hook or own attention function.
+
+    prompts: m tensors (n_k, d); input_ids, attention_mask: (B, T). Returns logits (B, T, V), zero at padding, and
+    choice (B,).
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    embed, N = model.get_input_embeddings(), max(len(P) for P in prompts)
+    logits, choice = None, []
+    for b, real in enumerate(mask.bool()):
+        ids = input_ids[b, real][None]                                                         # (1, T_b)
+        k = reference_choice(model, prompts, ids)
+        E = torch.cat([prompts[k][None].to(embed.weight), embed(ids)], dim=1)                  # (1, n_k + T_b, d)
+        positions = torch.arange(N - len(prompts[k]), N + ids.shape[1], device=ids.device)[None]
+        out = model(inputs_embeds=E, position_ids=positions, attention_mask=torch.ones_like(positions)).logits
+        if logits is None:
+            logits = out.new_zeros(*input_ids.shape, out.shape[-1])                            # (B, T, V)
+        logits[b, real] = out[0, len(prompts[k]):]
+        choice.append(k)
+    return logits, torch.tensor(choice, device=input_ids.device)
+
+
+def reference_choice(model, prompts, ids):
+    """argmax_k of the mean of the first layer's A, from transformers' own eager attention over all prompts at once."""
+    N, before = max(len(P) for P in prompts), model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    caches = [prompt_cache(model, P, N) for P in prompts]
+    joined = DynamicCache([tuple(torch.cat(pair, dim=2) for pair in zip(*layer)) for layer in zip(*caches)])
+    S, T = sum(len(P) for P in prompts), ids.shape[1]
+    A = model(ids, past_key_values=joined, position_ids=torch.arange(N, N + T, device=ids.device)[None],
+              attention_mask=ids.new_ones(1, S + T), output_attentions=True).attentions[0]     # (1, h, T, S + T)
+    model.set_attn_implementation(before)
+    return max(range(len(prompts)), key=lambda k: A[..., sum(map(len, prompts[:k])):][..., :len(prompts[k])].mean())
+
+
+# --- 6. Demo -------------------------------------------------------------------------------------------------------------
+
+def demo():
+    """Tiny random LLaMA, three prompts of unequal length, a padded batch: predict, then show."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    prompts = [torch.randn(n, 64) for n in (4, 6, 8)]
+    ids, mask = torch.randint(1, 100, (5, 12)), torch.ones(5, 12, dtype=torch.long)
+    mask[0, 8:] = 0                                        # a shorter sequence, padded on the right
+    mask[1, :4] = 0                                        # and one padded on the left
+
+    bank = PromptBank.from_prompts(model, prompts)
+    with attach_idp(model, bank) as idp:
+        logits = model(ids, attention_mask=mask).logits    # (5, 12, 100)
+    expected, choice = idp_reference(model, prompts, ids, mask)
+    print("mean attention to each prompt, one row per sequence:\n", idp.scores)
+    print("chosen, fused pass:    ", idp.choice.tolist())
+    print("chosen, slow reference:", choice.tolist())
+    error = ((logits - expected) * mask[..., None]).abs().max().item()
+    print(f"largest difference of logits: {error:.1e}  (the law: below 1e-5)")
+
+
+if __name__ == "__main__":
+    demo()
