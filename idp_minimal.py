@@ -22,8 +22,7 @@ The paper's text was not at hand when this was written, so steps are tagged by t
 DEVIATES: nothing known.
 """
 import contextlib
-import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +34,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 # A soft prompt P_k is n_k vectors that take the place of token embeddings. Under a causal mask its keys and values depend
 # on nothing that follows, so each prompt runs through the model once, ever, and only its keys and values are kept.
 
-def prompt_positions(n, N):
-    """Positions N-n .. N-1 of a prompt of n tokens, (1, n): right-aligned, so that the input always starts at N.
-
-    NOT IN PAPER: with relative positions (RoPE) this is exactly the prompt run alone. With a learned position table
-    (OPT, GPT-2) it decides which rows are used, so train there too.
-    """
-    return torch.arange(N - n, N)[None]
-
-
 @dataclass
 class PromptBank:
     """Keys and values of m prompts in every layer.
@@ -54,24 +44,14 @@ class PromptBank:
     keys: list
     values: list
     lengths: list
-    valid: torch.Tensor = field(init=False)                # (m, N) True where a column holds a prompt token
-    owner: torch.Tensor = field(init=False)                # (S,) which prompt each of all S prompt tokens belongs to
 
     def __post_init__(self):
-        device, N = self.keys[0].device, self.N
+        device = self.keys[0].device
+        self.m, self.N = len(self.lengths), max(self.lengths)
         lengths = torch.tensor(self.lengths, device=device)
-        self.valid = torch.arange(N, device=device) >= N - lengths[:, None]                    # (m, N)
-        self.owner = torch.arange(self.m, device=device).repeat_interleave(lengths)            # (S,)
-
-    @property
-    def m(self):
-        """The number of prompts."""
-        return len(self.lengths)
-
-    @property
-    def N(self):
-        """Tokens of the longest prompt: the width of the prefix that every input sees."""
-        return max(self.lengths)
+        # valid: (m, N) True where a column holds a prompt token; owner: (S,) the prompt of each of all S prompt tokens
+        self.valid = torch.arange(self.N, device=device) >= self.N - lengths[:, None]
+        self.owner = torch.arange(self.m, device=device).repeat_interleave(lengths)
 
     @classmethod
     @torch.no_grad()
@@ -94,11 +74,14 @@ class PromptBank:
 
 
 def prompt_cache(model, P, N):
-    """Keys and values of one prompt run alone at positions N-n .. N-1. P: (n, d) -> L pairs of (1, h_kv, n, d_k)."""
-    weight = model.get_input_embeddings().weight
-    cache = DynamicCache()                                 # no config: a sliding window must not drop prompt tokens
-    model(inputs_embeds=P[None].to(weight), position_ids=prompt_positions(len(P), N).to(weight.device),
-          attention_mask=torch.ones(1, len(P), dtype=torch.long, device=weight.device),
+    """Keys and values of one prompt run alone. P: (n, d) -> L pairs of (1, h_kv, n, d_k).
+
+    NOT IN PAPER: prompts are right-aligned, at positions N-n .. N-1, so that the input always starts at N. With relative
+    positions (RoPE) this is exactly the prompt alone; a learned position table (OPT, GPT-2) must be trained there too.
+    """
+    weight, cache = model.get_input_embeddings().weight, DynamicCache()
+    positions = torch.arange(N - len(P), N, device=weight.device)[None]                        # (1, n)
+    model(inputs_embeds=P[None].to(weight), position_ids=positions, attention_mask=torch.ones_like(positions),
           past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -152,8 +135,7 @@ def total_attention(A, real, owner):
 def max_attention(A, real, owner):
     """s_k = max of A over heads, real input tokens and the tokens of prompt k."""
     a = (A * real[:, None, :, None]).amax((1, 2))                                              # (B, S)
-    m = int(owner[-1]) + 1
-    return torch.stack([a[:, owner == k].amax(1) for k in range(m)], dim=1)
+    return torch.stack([a[:, owner == k].amax(1) for k in range(int(owner[-1]) + 1)], dim=1)
 
 
 def last_token(A, real, owner):
@@ -258,31 +240,24 @@ class IDP:
 
     def before_forward(self, model, args, kwargs):
         """Forward pre-hook: make room for N prompt columns in cache, mask and positions. Prompts add no rows."""
-        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        kwargs = {**given.pop("kwargs", {}), **given}
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        B, T = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = DynamicCache()
-        device = self.bank.keys[0].device
+        kwargs.update(zip(("input_ids",), args))           # the one argument that callers give by position
+        bank, cache, mask = self.bank, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        B, T = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None).shape[:2]
+        cache = DynamicCache() if cache is None else cache
         prefill = cache.get_seq_length() == 0
-        self.check(model, cache, prefill)
+        past = 0 if prefill else cache.get_seq_length() - bank.N                               # real tokens before these
+        self.check(model, cache, prefill, past + T)
         if prefill:
-            reserve_columns(cache, self.bank, B)
-        past = cache.get_seq_length() - self.bank.N                                            # real tokens before these
-        self.check_length(model.config, past + T)
-        if mask is None:
-            mask = torch.ones(B, past + T, dtype=torch.long, device=device)
+            reserve_columns(cache, bank, B)
+        mask = torch.ones(B, past + T, dtype=torch.long, device=bank.valid.device) if mask is None else mask
         if mask.shape != (B, past + T):
             raise ValueError(f"attention_mask must be (B, past + T) = {(B, past + T)} over real tokens, without the "
                              f"prompt's columns; got {tuple(mask.shape)}")
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]                     # (B, T)
-        real = mask.bool()
-        call = Call(self, prefill_or_decode_mask(real, past, self.prompt_columns(cache, B, prefill)), real[:, past:], prefill)
-        kwargs.update(past_key_values=cache, attention_mask=call.mask, position_ids=positions + self.bank.N, idp=call)
+        positions = kwargs.get("position_ids")             # the real tokens' own, from 0
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:] if positions is None else positions  # (B, T)
+        real, columns = mask.bool(), self.prompt_columns(cache, B, prefill)
+        call = Call(self, visible(real, past, columns), real[:, past:], prefill)
+        kwargs.update(past_key_values=cache, attention_mask=call.mask, position_ids=positions + bank.N, idp=call)
         return (), kwargs
 
     def after_forward(self, model, args, kwargs, output):
@@ -300,18 +275,15 @@ class IDP:
             return self.bank.valid.new_ones(B, self.bank.N)
         return cache.layers[0].keys[:, 0, :self.bank.N].ne(0).any(-1)
 
-    def check(self, model, cache, prefill):
-        """Refuse what would silently lose the prompt."""
+    def check(self, model, cache, prefill, tokens):
+        """Refuse what would silently lose the prompt, or run past the model's positions or its sliding window."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(f"attach_idp needs a DynamicCache, got {type(cache).__name__}")
         if not prefill and getattr(cache, "idp_bank", None) is not self.bank:
             raise ValueError("past_key_values was filled without this prompt bank: prefill under the same attach_idp")
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one of the two off")
-
-    def check_length(self, config, tokens):
-        """The prefix takes N of the model's positions, and must stay inside a sliding window."""
-        limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
+        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
         if any(limit and self.bank.N + tokens > limit for limit in limits):
             raise ValueError(f"{self.bank.N} prompt tokens + {tokens} input tokens exceed the model's limit of "
                              f"{min(filter(None, limits))} positions: shorten the input or the prompts")
@@ -324,7 +296,7 @@ def reserve_columns(cache, bank, B):
     cache.idp_bank = bank
 
 
-def prefill_or_decode_mask(real, past, prompt):
+def visible(real, past, prompt):
     """Who may see whom: prompt columns as given, then real tokens up to oneself.
 
     real (B, past + T) bool, prompt (B, N) bool -> (B, 1, T, N + past + T) bool, or None when one token sees everything,
