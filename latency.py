@@ -1,0 +1,205 @@
+"""Latency: what each remedy costs at inference, all in one run. `python evaluate.py --latency` runs this file's main job.
+
+The paper's abstract claims 60 % less inference latency for IDP than for LoRA. What that compares (LoRA merged or not, on
+which layers, prompts cached or not) is NOT IN PAPER as far as it is public here, so every reading gets a row: prompt as
+embeddings, prompt as cached prefix, IDP with m = 2, 4, 8, LoRA unmerged on q,v and on all linears, LoRA merged.
+
+    python evaluate.py --latency --model toy                                        # seconds, CPU
+    python evaluate.py --latency --shape smollm2-135m --lengths 128,512             # random weights, true shapes
+    python evaluate.py --latency --shape llama-7b --dtype bfloat16 --device cuda    # a latency needs no download
+
+Prefill: T tokens to the first logits. Decode: one token with T in the cache. Variants are interleaved, warm-up first,
+medians over repeats; ratios are medians of ratios within a repeat, which a drifting machine disturbs least.
+"""
+import contextlib
+import copy
+import statistics
+import time
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import compress
+import loading
+import recover
+from idp_minimal import PromptBank, attach_idp, prompt_cache
+
+LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048)
+SHAPES = {  # the published configurations; weights are random, which a latency does not see
+    "llama-7b": LLAMA_7B,
+    "opt-6.7b": dict(model_type="opt", vocab_size=50272, hidden_size=4096, ffn_dim=16384, num_hidden_layers=32,
+                     num_attention_heads=32, word_embed_proj_dim=4096, max_position_embeddings=2048),
+    "smollm2-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True),
+}
+
+
+def random_model(shape, device, dtype):
+    """A model of a published shape with small random weights, made on the device itself."""
+    config = AutoConfig.for_model(**SHAPES[shape])
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=loading.DTYPES[dtype])
+    return model.eval().requires_grad_(False)
+
+
+# --- 1. Variants: each is a context manager around a model and a way to call it -----------------------------------------------
+
+def plain(model, ids, cache):
+    """The model as it is. Every variant's call: (model, ids (B, T), cache or None) -> output with its cache."""
+    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def as_embeddings(P):
+    """The soft prompt in front of the input, run through every layer each time."""
+    def call(model, ids, cache):
+        if cache is not None:
+            return plain(model, ids, cache)
+        E = torch.cat([P.expand(len(ids), -1, -1), model.get_input_embeddings()(ids)], dim=1)   # (B, n+T, d)
+        return model(inputs_embeds=E, use_cache=True, logits_to_keep=1)
+    return call
+
+
+def as_cached_prefix(model, P):
+    """The soft prompt's keys and values, computed once: the cheapest that one prompt can be."""
+    layers = prompt_cache(model, P, len(P))
+
+    def call(model, ids, cache):
+        if cache is None:
+            cache = DynamicCache([(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1)) for k, v in layers])
+        return plain(model, ids, cache)
+    return call
+
+
+def all_linears(model):
+    """Names of every linear layer inside the blocks."""
+    block = loading.blocks_of(model)[0]
+    kinds = (torch.nn.Linear, recover.Conv1D)
+    return sorted({name.split(".")[-1] for name, module in block.named_modules() if isinstance(module, kinds)})
+
+
+@contextlib.contextmanager
+def merged(method):
+    """LoRA folded into the weights for the duration."""
+    for layer in method.layers.values():
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in method.layers.values():
+            layer.unmerge()
+
+
+def variants(model, n, with_compressed):
+    """{name: (context manager factory, call)}. n: tokens of every prompt, so that all prompts cost the same."""
+    d, generator = model.get_input_embeddings().weight.shape[1], torch.Generator().manual_seed(0)
+    prompts = [recover.initial_prompt(model, n, generator).to(model.dtype) for _ in range(8)]    # (n, d) each
+    assert prompts[0].shape == (n, d)
+    lora, lora_all = recover.LoRA(model), recover.LoRA(model, targets=all_linears(model))
+    nothing = contextlib.nullcontext
+    table = {"dense": (nothing, plain)}
+    if with_compressed:
+        smaller = copy.deepcopy(model)
+        with torch.no_grad():
+            for linear in loading.blocks_of(smaller).modules():
+                if isinstance(linear, torch.nn.Linear):
+                    linear.weight.copy_(compress.rtn(linear.weight, bits=3, group_size=-1))
+        table["compressed (dequantized 3-bit)"] = (nothing, lambda _, ids, cache: plain(smaller, ids, cache))
+    table["prompt as embeddings"] = (nothing, as_embeddings(prompts[0]))
+    table["prompt as cached prefix"] = (nothing, as_cached_prefix(model, prompts[0]))
+    for m in (2, 4, 8):
+        bank = PromptBank.from_prompts(model, prompts[:m])
+        table[f"IDP, m = {m}"] = (lambda bank=bank: attach_idp(model, bank), plain)
+    table["LoRA r 8 on q,v, unmerged"] = (lora.inference, plain)
+    table["LoRA r 8 on all linears, unmerged"] = (lora_all.inference, plain)
+    table["LoRA, merged"] = (lambda: merged(lora), plain)
+    return table
+
+
+# --- 2. The clock -----------------------------------------------------------------------------------------------------------------
+
+def synchronize(device):
+    """Wait for the device, so that the clock reads finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@torch.no_grad()
+def time_once(model, call, ids, decode_tokens):
+    """One prefill and `decode_tokens` decode steps. -> (prefill seconds, seconds per decoded token)."""
+    device = model.device
+    synchronize(device)
+    start = time.perf_counter()
+    out = call(model, ids, None)
+    synchronize(device)
+    prefilled = time.perf_counter()
+    for _ in range(decode_tokens):
+        out = call(model, ids[:, -1:], out.past_key_values)
+    synchronize(device)
+    return prefilled - start, (time.perf_counter() - prefilled) / decode_tokens
+
+
+def measure(model, table, ids, repeats, decode_tokens):
+    """{variant: {"prefill": [s], "decode": [s], "peak": bytes or None}}, interleaved so that drift hits all alike."""
+    times = {name: {"prefill": [], "decode": [], "peak": None} for name in table}
+    for repeat in tqdm(range(repeats + 1), desc=f"T={ids.shape[1]}", disable=None):
+        for name, (attached, call) in table.items():
+            if model.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(model.device)
+            with attached():
+                prefill, decode = time_once(model, call, ids, decode_tokens)
+            if model.device.type == "cuda":
+                times[name]["peak"] = torch.cuda.max_memory_allocated(model.device)
+            if repeat:                                     # the first round is warm-up
+                times[name]["prefill"].append(prefill)
+                times[name]["decode"].append(decode)
+    return times
+
+
+def ratio(times, name, reference, phase):
+    """Median over repeats of this variant's time by the reference's in the same repeat."""
+    return statistics.median(a / b for a, b in zip(times[name][phase], times[reference][phase]))
+
+
+def report(times, T):
+    """-> list of Markdown rows for one input length."""
+    prefix, qv = "prompt as cached prefix", "LoRA r 8 on q,v, unmerged"
+    rows = []
+    for name, seen in times.items():
+        cells = [f"{T}", name]
+        for phase in ("prefill", "decode"):
+            cells += [f"{1e3 * statistics.median(seen[phase]):.1f}", f"{ratio(times, name, prefix, phase):.3f}",
+                      f"{ratio(times, name, qv, phase):.3f}"]
+        cells.append(f"{seen['peak'] / 2**20:.0f}" if seen["peak"] else "-")
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def main(args):
+    """The whole table. args: evaluate.py's command line."""
+    device = loading.pick_device(args.device)
+    torch.manual_seed(args.seed)
+    if args.shape:
+        model, name = random_model(args.shape, device, args.dtype), f"{args.shape} (random weights)"
+    else:
+        model, name = loading.load_model(args.model, device, args.dtype)[0], args.model
+    limit, lengths = model.config.max_position_embeddings, args.lengths
+    if max(lengths) + args.prompt_length + args.decode_tokens > limit:
+        raise loading.UserError(f"--lengths {max(lengths)}: with {args.prompt_length} prompt tokens and {args.decode_tokens} "
+                                f"decoded ones exceeds the model's {limit} positions; use shorter lengths")
+    table = variants(model, args.prompt_length, with_compressed=not args.shape)
+    lines = [f"{name}, {args.dtype}, {loading.device_name(device)}, batch {args.batch_size}, prompts of {args.prompt_length} "
+             f"tokens, {args.decode_tokens} decoded tokens, medians of {args.repeats} interleaved repeats", "",
+             "| T | variant | prefill ms | by cached prompt | by LoRA q,v | decode ms/token | by cached prompt | by LoRA q,v "
+             "| peak MiB |", "|---|---|---|---|---|---|---|---|---|"]
+    for T in lengths:
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(3, model.config.vocab_size, (args.batch_size, T), generator=generator).to(device)
+        lines += report(measure(model, table, ids, args.repeats, args.decode_tokens), T)
+    text = "\n".join(lines)
+    print(text)
+    if args.out:
+        loading.write_text(f"{args.out}/latency.md", text + "\n")
