@@ -321,8 +321,8 @@ def first_block_inputs(model, calibration, device):
 
     def capture(block, args, given):
         hidden.append((args[0] if args else given.pop("hidden_states")).to(device))
-        kwargs.update({name: to_device(value, device) for name, value in given.items() if name != "past_key_values"},
-                      past_key_values=None, use_cache=False)
+        kwargs.update({name: to_device(value, device) for name, value in given.items()
+                       if name not in ("cache", "past_key_values", "layer_past")}, use_cache=False)
         raise Captured
 
     handle = loading.blocks_of(model)[0].register_forward_pre_hook(capture, with_kwargs=True)
@@ -330,7 +330,7 @@ def first_block_inputs(model, calibration, device):
         with contextlib.suppress(Captured):
             model(row[None].to(model.device), use_cache=False)
     handle.remove()
-    return hidden, {name: value for name, value in kwargs.items() if name not in ("layer_past",)}
+    return hidden, kwargs
 
 
 def to_device(value, device):

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import loading
+from idp_minimal import CACHE
 from loading import UserError
 
 
@@ -118,11 +119,11 @@ def score_batch(model, groups):
     target, target_mask = pad([row for _, rest in groups for row in rest], 0, left=False, device=device)  # (R, C)
     logp = out.logits[:, -1:].float().log_softmax(-1)[owner]                                   # (R, 1, V)
     if target.shape[1] > 1:                                # continuations of one token are scored already
-        cache = out.past_key_values
+        cache = out[CACHE]
         cache.batch_select_indices(owner)
         position = positions[owner, -1:] + 1 + torch.arange(target.shape[1] - 1, device=device)
         rest = model(input_ids=target[:, :-1], attention_mask=torch.cat([mask[owner], target_mask[:, :-1]], dim=1),
-                     position_ids=position, past_key_values=cache, use_cache=True).logits      # (R, C-1, V)
+                     position_ids=position, **{CACHE: cache}, use_cache=True).logits            # (R, C-1, V)
         logp = torch.cat([logp, rest.float().log_softmax(-1)], dim=1)                          # (R, C, V)
     token = logp.gather(2, target[..., None])[..., 0] * target_mask                            # (R, C)
     greedy = ((logp.argmax(-1) == target) | (target_mask == 0)).all(1)                         # (R,)

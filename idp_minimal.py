@@ -28,6 +28,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# transformers 5.24 renamed the cache, as argument and as output; older releases do not know the new name.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 # --- 1. Soft prompts and their bank of keys and values [IDP: prompts] [IDP: bank] --------------------------------------
@@ -82,7 +86,7 @@ def prompt_cache(model, P, N):
     weight, cache = model.get_input_embeddings().weight, DynamicCache()
     positions = torch.arange(N - len(P), N, device=weight.device)[None]                        # (1, n)
     model(inputs_embeds=P[None].to(weight), position_ids=positions, attention_mask=torch.ones_like(positions),
-          past_key_values=cache, use_cache=True)
+          use_cache=True, **{CACHE: cache})
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -241,7 +245,8 @@ class IDP:
     def before_forward(self, model, args, kwargs):
         """Forward pre-hook: make room for N prompt columns in cache, mask and positions. Prompts add no rows."""
         kwargs.update(zip(("input_ids",), args))           # the one argument that callers give by position
-        bank, cache, mask = self.bank, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]             # callers may use either name
+        bank, cache, mask = self.bank, next((c for c in caches if c is not None), None), kwargs.get("attention_mask")
         B, T = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None).shape[:2]
         cache = DynamicCache() if cache is None else cache
         prefill = cache.get_seq_length() == 0
@@ -257,13 +262,13 @@ class IDP:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:] if positions is None else positions  # (B, T)
         real, columns = mask.bool(), self.prompt_columns(cache, B, prefill)
         call = Call(self, visible(real, past, columns), real[:, past:], prefill)
-        kwargs.update(past_key_values=cache, attention_mask=call.mask, position_ids=positions + bank.N, idp=call)
+        kwargs.update({CACHE: cache}, attention_mask=call.mask, position_ids=positions + bank.N, idp=call)
         return (), kwargs
 
     def after_forward(self, model, args, kwargs, output):
         """Forward hook: a caller who wanted no cache gets none back, or generate(use_cache=False) would go on from it."""
-        if kwargs.get("use_cache") is False and "past_key_values" in output:
-            return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+        if kwargs.get("use_cache") is False and CACHE in output:
+            return type(output)(**{name: value for name, value in output.items() if name != CACHE})
 
     def prompt_columns(self, cache, B, prefill):
         """(B, N) True where a prompt column may be attended to.
@@ -280,7 +285,7 @@ class IDP:
         if not isinstance(cache, DynamicCache):
             raise ValueError(f"attach_idp needs a DynamicCache, got {type(cache).__name__}")
         if not prefill and getattr(cache, "idp_bank", None) is not self.bank:
-            raise ValueError("past_key_values was filled without this prompt bank: prefill under the same attach_idp")
+            raise ValueError("the cache was filled without this prompt bank: prefill under the same attach_idp")
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one of the two off")
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
@@ -385,7 +390,7 @@ def reference_choice(model, prompts, ids):
     caches = [prompt_cache(model, P, N) for P in prompts]
     joined = DynamicCache([tuple(torch.cat(pair, dim=2) for pair in zip(*layer)) for layer in zip(*caches)])
     S, T = sum(len(P) for P in prompts), ids.shape[1]
-    A = model(ids, past_key_values=joined, position_ids=torch.arange(N, N + T, device=ids.device)[None],
+    A = model(ids, **{CACHE: joined}, position_ids=torch.arange(N, N + T, device=ids.device)[None],
               attention_mask=ids.new_ones(1, S + T), output_attentions=True).attentions[0]     # (1, h, T, S + T)
     model.set_attn_implementation(before)
     return max(range(len(prompts)), key=lambda k: A[..., sum(map(len, prompts[:k])):][..., :len(prompts[k])].mean())

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import compress
 import loading
 import recover
-from idp_minimal import PromptBank, attach_idp, prompt_cache
+from idp_minimal import CACHE, PromptBank, attach_idp, prompt_cache
 
 LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                 num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048)
@@ -48,7 +48,7 @@ def random_model(shape, device, dtype):
 
 def plain(model, ids, cache):
     """The model as it is. Every variant's call: (model, ids (B, T), cache or None) -> output with its cache."""
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 
 
 def as_embeddings(P):
@@ -137,7 +137,7 @@ def time_once(model, call, ids, decode_tokens):
     synchronize(device)
     prefilled = time.perf_counter()
     for _ in range(decode_tokens):
-        out = call(model, ids[:, -1:], out.past_key_values)
+        out = call(model, ids[:, -1:], out[CACHE])
     synchronize(device)
     return prefilled - start, (time.perf_counter() - prefilled) / decode_tokens
 

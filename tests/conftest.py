@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")               # a test that reaches for the hub must fail at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")              # tiny models: threads would wait for each other longer than they work
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import CONFIGS, ROOT, tiny_model
-from idp_minimal import (SELECTORS, PromptBank, attach_idp, attention_to_prompts, idp_reference, prompt_cache,
+from idp_minimal import (CACHE, SELECTORS, PromptBank, attach_idp, attention_to_prompts, idp_reference, prompt_cache,
                          prompt_losses, reference_choice)
 
 LENGTHS = (3, 5, 8)
@@ -227,7 +227,7 @@ def test_losers_leave_the_cache(any_model):
     prompts, (ids, mask) = make_prompts(any_model), make_batch()
     bank = PromptBank.from_prompts(any_model, prompts)
     with attach_idp(any_model, bank) as idp:
-        cache = any_model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = any_model(ids, attention_mask=mask, use_cache=True)[CACHE]
     for i, layer in enumerate(cache.layers):
         assert layer.keys.shape[2] == bank.N + ids.shape[1]
         assert torch.equal(layer.keys[:, :, :bank.N], bank.keys[i][idp.choice])
@@ -240,10 +240,10 @@ def test_continuing_a_cache_in_chunks(any_model):
     ids, _ = make_batch(T=12, side="none")
     with attach_idp(any_model, bank) as idp:
         first = any_model(ids[:, :5], use_cache=True)
-        choice, cache = idp.choice, first.past_key_values
+        choice, cache = idp.choice, first[CACHE]
         cache.batch_repeat_interleave(2)
         twice = ids.repeat_interleave(2, 0)
-        rest = [any_model(twice[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((5, 6), (6, 9), (9, 12))]
+        rest = [any_model(twice[:, a:b], **{CACHE: cache}, use_cache=True).logits for a, b in ((5, 6), (6, 9), (9, 12))]
     with attach_idp(any_model, bank, "oracle", loss=-F.one_hot(choice, bank.m).float()):
         whole = any_model(ids).logits
     assert_same(torch.cat([first.logits, torch.cat(rest, 1)[::2]], 1), whole, torch.ones_like(ids))
@@ -266,7 +266,7 @@ def test_gradients_flow_to_a_bank_and_to_weights():
         prefix = copy.deepcopy(prompt_cache(model, P, 4))
     from transformers import DynamicCache
     cache = DynamicCache([(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1)) for k, v in prefix])
-    model(ids, past_key_values=cache, labels=ids).loss.backward()
+    model(ids, **{CACHE: cache}, labels=ids).loss.backward()
     assert torch.allclose(fused, weight.grad, atol=1e-6)
 
 
@@ -286,9 +286,9 @@ def test_refusals():
             model(torch.ones(1, 125, dtype=torch.long))
         with pytest.raises(RuntimeError, match="call the model"):
             model.model(ids)
-    plain = model(ids, use_cache=True).past_key_values
+    plain = model(ids, use_cache=True)[CACHE]
     with attach_idp(model, bank), pytest.raises(ValueError, match="without this prompt bank"):
-        model(ids[:, :1], past_key_values=plain)
+        model(ids[:, :1], **{CACHE: plain})
     model.gradient_checkpointing_enable()
     model.train()
     with attach_idp(model, bank), pytest.raises(ValueError, match="gradient checkpointing"):

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import recover
 from conftest import CONFIGS, ROOT, tiny_model
-from idp_minimal import PromptBank, attach_idp
+from idp_minimal import CACHE, PromptBank, attach_idp
 from loading import UserError
 from recover import METHODS, LoRA, LoRALinear, SoftPrompts, batch_at, load_adapter, row_losses, train
 
@@ -148,7 +148,7 @@ def test_prefix_equals_a_plain_cache():
     method, ids = build("prefix", model), torch.randint(3, 97, (3, 8))
     cache = DynamicCache([(k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for k, v in zip(method.keys, method.values)])
     with torch.no_grad():
-        assert torch.allclose(method.losses(ids), row_losses(model(ids, past_key_values=cache).logits, ids), atol=1e-5)
+        assert torch.allclose(method.losses(ids), row_losses(model(ids, **{CACHE: cache}).logits, ids), atol=1e-5)
 
 
 # --- LoRA --------------------------------------------------------------------------------------------------------------------
