@@ -13,12 +13,14 @@ Add an architecture: one line in ARCHS. Add a text: one line in TEXTS. Add a tas
 A user's mistake raises UserError; `run(main)` prints it as one line, `error: ...`, and exits with code 2.
 """
 import argparse
+import ast
 import contextlib
 import importlib.util
 import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from dataclasses import dataclass
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+if not sys.stderr.isatty():
+    transformers.utils.logging.disable_progress_bar()      # bars are for people, here and in transformers
 
 TOY = pathlib.Path(__file__).resolve().parent / "toy_model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,6 +74,21 @@ def common_flags(parser):
                         help=f"calibration and training text: {' | '.join(TEXTS)} | FILE.txt | FILE.jsonl; "
                              "toy for the toy model, wikitext2 for others")
     parser.add_argument("--tasks", default=None, help="comma-separated names or FILE.jsonl; toy tasks for the toy model")
+
+
+# What a flag means when it is not given. The paper's compressor is 3-bit GPTQ, which the toy model hardly feels; magnitude
+# pruning at 60 % takes about a third of its knowledge, so that there is something to get back.
+DEFAULTS = {
+    "toy": dict(text="toy", tasks="toy_recall,toy_shown,toy_unknown", compressor="magnitude", sparsity=0.6, seqlen=64),
+    "other": dict(text="wikitext2", tasks="", compressor="gptq", sparsity=0.5, seqlen=512),
+}
+
+
+def fill_defaults(args):
+    """Give every flag that was not given its value for this model."""
+    for name, value in DEFAULTS["toy" if args.model == "toy" else "other"].items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
 
 
 def pick_device(name):
@@ -190,60 +210,88 @@ def toy_text(split):
     return toy_world.text({"train": "shown", "test": "heldout"}[split])
 
 
+def read_hub(flag, path, **options):
+    """load_dataset(path, **options). Raises UserError naming the flag and the local alternative when it cannot be read."""
+    try:
+        from datasets import load_dataset                   # imported where it is used: offline runs need no datasets
+        return load_dataset(path, **options)
+    except Exception as error:                              # the hub client raises many unrelated types when offline
+        raise UserError(f"{flag}: {path} cannot be read from the hub ({type(error).__name__}); give a local file instead: "
+                        f"{flag} FILE.jsonl{' or FILE.txt' * (flag == '--text')}") from error
+
+
 def hub_text(path, column="text", **splits):
     """A TEXTS entry read with `datasets`. splits: train= and test= keyword arguments for load_dataset."""
-    def read(split):
-        from datasets import load_dataset                   # imported where it is used: offline runs need no datasets
-        try:
-            return load_dataset(path, **splits[split])[column]
-        except Exception as error:                          # the hub client raises many unrelated types when offline
-            raise UserError(f"--text: {path} cannot be read from the hub ({type(error).__name__}); "
-                            "give a local file instead: --text FILE.txt or FILE.jsonl") from error
-    return read
+    return lambda split: read_hub("--text", path, **splits[split])[column]
 
 
 TEXTS = {  # name -> function of the split -> list of documents
     "toy": toy_text,
     "wikitext2": hub_text("Salesforce/wikitext", train={"name": "wikitext-2-raw-v1", "split": "train"},
                           test={"name": "wikitext-2-raw-v1", "split": "test"}),
+    # whole articles, as the standard harness's task `wikitext` reads them (--word-ppl)
+    "wikitext2_pages": hub_text("EleutherAI/wikitext_document_level", "page",
+                                train={"name": "wikitext-2-raw-v1", "split": "train"},
+                                test={"name": "wikitext-2-raw-v1", "split": "test"}),
     "c4": hub_text("allenai/c4", train={"data_files": "en/c4-train.00000-of-01024.json.gz", "split": "train[:5000]"},
                    test={"data_files": "en/c4-validation.00000-of-00008.json.gz", "split": "train[:1000]"}),
 }
 
 
 def load_text(name, tokenizer, split="train"):
-    """-> (tokens,) long: all documents of a text joined by blank lines, tokenized once.
-
-    name: a key of TEXTS, FILE.txt, or FILE.jsonl with one {"text": ...} a line. A file is read whole whatever
-    `split` says: give separate files for training (--text) and perplexity (--eval-text).
-    """
-    if name in TEXTS:
-        documents = TEXTS[name](split)
-    else:
-        documents = read_documents(name)
+    """-> (tokens,) long: all documents of a text joined by blank lines, tokenized once. name, split: see load_documents."""
     # NOT IN PAPER: joined with blank lines and tokenized once, as the GPTQ authors' evaluation does.
-    ids = tokenizer("\n\n".join(documents), return_tensors="pt", verbose=False).input_ids[0]
+    ids = tokenizer("\n\n".join(load_documents(name, split)), return_tensors="pt", verbose=False).input_ids[0]
     return ids.long()                                       # (tokens,)
 
 
-def read_documents(name):
-    """The documents of FILE.txt (one) or FILE.jsonl (one a line). Raises UserError when it is neither."""
+def load_documents(name, split="train"):
+    """-> list of str. name: a key of TEXTS, FILE.txt (one document), or FILE.jsonl with one {"text": ...} a line.
+
+    A file is read whole whatever `split` says: give separate files for training (--text) and perplexity (--eval-text).
+    Raises UserError when it is none of the three.
+    """
+    if name in TEXTS:
+        return TEXTS[name](split)
     path = pathlib.Path(name).expanduser()
     if not path.is_file() or path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--text {name}: not a known text nor an existing .txt or .jsonl file; use one of: "
                         f"{' '.join(TEXTS)}, or a path")
     if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
+        return [read_utf8(path, "--text")]
     rows = read_jsonl(path, "--text")
-    if any("text" not in row for row in rows):
-        raise UserError(f'--text {name}: every line must be an object with a "text" key')
+    if not all(isinstance(row.get("text"), str) for row in rows):
+        raise UserError(f'--text {name}: every line must be an object with a "text" key; add it or use a .txt file')
     return [row["text"] for row in rows]
+
+
+WIKITEXT_MARKS = [  # the standard harness's clean-up of WikiText before word perplexity, in its order: (pattern, replacement)
+    (r"s '", "s'"), (r"/' [0-9]/", "/'[0-9]/"), (r" @-@ ", "-"), (r" @,@ ", ","), (r" @\.@ ", "."), (r" : ", ": "), (r" ; ", "; "),
+    (r" \. ", ". "), (r" ! ", "! "), (r" \? ", "? "), (r" , ", ", "), (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"), (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"), (r"= = = =", "===="), (r"= = =", "==="), (r"= =", "=="), (" \u00b0 ", "\u00b0"), (r" \n", "\n"),
+    (r"\n ", "\n"), (r" N ", " 1 "), (r" 's", "'s")]
+
+
+def detokenize(text):
+    """WikiText's separated punctuation put back, as the standard harness's task `wikitext` does."""
+    for pattern, replacement in WIKITEXT_MARKS:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def read_utf8(path, flag):
+    """The text of a file. Raises UserError when it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
 
 
 def read_jsonl(path, flag):
     """One JSON object a line -> list of dicts. Raises UserError naming the line that is not one."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_utf8(path, flag).split("\n"), 1):  # splitlines() would also cut at U+2028 inside a string
         if not line.strip():
             continue
         try:
@@ -259,6 +307,8 @@ def read_jsonl(path, flag):
 
 
 # --- 5. Tasks -----------------------------------------------------------------------------------
+# A row function turns one row of a hub data set into our schema, with the prompt of the standard harness (lm-eval 0.4).
+# EXERCISE: add a task. One row function, one line in TASKS.
 
 def toy_task(name):
     """A TASKS entry: rows of the toy world, by name."""
@@ -268,12 +318,88 @@ def toy_task(name):
     return read
 
 
+def hub_task(path, split, to_row, config=None):
+    """A TASKS entry read with `datasets`. to_row: the hub's row -> our row without its id."""
+    def read():
+        rows = read_hub("--tasks", path, name=config, split=split)
+        return [{"id": str(row.get("id", number)), **to_row(row)} for number, row in enumerate(rows)]
+    return read
+
+
+def question(text):
+    """The harness's prompt of most questions."""
+    return f"Question: {text}\nAnswer:"
+
+
+def labelled(context):
+    """Row function of data sets that letter their choices. context: the hub's row -> str."""
+    return lambda row: {"context": context(row), "choices": row["choices"]["text"],
+                        "answer": row["choices"]["label"].index(row["answerKey"].strip())}
+
+
+def sciq_row(row):
+    """The harness puts the right answer last; the order decides nothing but exact ties."""
+    return {"context": f"{row['support'].lstrip()}\n{question(row['question'])}",
+            "choices": [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]], "answer": 3}
+
+
+def hellaswag_row(row):
+    """WikiHow's marks are taken out: "[title]" becomes a full stop, other brackets vanish."""
+    clean = lambda text: re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    return {"context": context, "choices": [clean(ending) for ending in row["endings"]], "answer": int(row["label"])}
+
+
+def winogrande_row(row):
+    """Partial scoring: the option goes into the context, and what follows the blank is scored."""
+    before, after = (part.strip() for part in row["sentence"].split("_", 1))
+    options = [row["option1"], row["option2"]]
+    return {"context": before, "choices": [f"{option} {after}" for option in options], "answer": int(row["answer"]) - 1,
+            "options": options, "suffix": after}
+
+
+def lambada_row(row):
+    """The passage without its last word."""
+    context, word = row["text"].rsplit(" ", 1)
+    return {"context": context, "target": word, "aliases": [word]}
+
+
+def race_row(row):
+    """One row per article: its questions but the last come solved, as in the harness. `problems` is a Python literal."""
+    *solved, last = ast.literal_eval(row["problems"])
+    right = lambda problem: problem["options"]["ABCD".index(problem["answer"])]
+    lines = [problem["question"][:-5] + right(problem) if problem["question"].endswith("  _  .") else
+             f"Question: {problem['question']}\nAnswer: {right(problem)}" for problem in solved]
+    return {"context": f"Article: {row['article']}\n\n" + "".join(line + "\n" for line in lines) + last["question"],
+            "choices": last["options"], "answer": "ABCD".index(last["answer"])}
+
+
 TASKS = {  # name -> function -> list of rows
     "toy_recall": toy_task("toy_recall"),       # facts of people that no recovery text shows again
     "toy_shown": toy_task("toy_shown"),         # facts that the recovery text repeats
     "toy_unknown": toy_task("toy_unknown"),     # people the model never saw: chance is the honest score
+    "arc_easy": hub_task("allenai/ai2_arc", "test", labelled(lambda row: question(row["question"])), "ARC-Easy"),
+    "arc_challenge": hub_task("allenai/ai2_arc", "test", labelled(lambda row: question(row["question"])), "ARC-Challenge"),
+    "sciq": hub_task("allenai/sciq", "test", sciq_row),
+    # The harness counts a WebQuestions answer when any alias is the greedy continuation; here it is an open answer.
+    "webqs": hub_task("stanfordnlp/web_questions", "test", lambda row: {
+        "context": question(row["question"]), "target": row["answers"][0], "aliases": row["answers"]}),
+    "triviaqa": hub_task("mandarjoshi/trivia_qa", "validation", lambda row: {  # the harness adds a second question mark
+        "context": question(row["question"] + "?"), "target": row["answer"]["value"], "aliases": row["answer"]["aliases"]},
+        "rc.nocontext"),
+    "hellaswag": hub_task("Rowan/hellaswag", "validation", hellaswag_row),
+    "piqa": hub_task("baber/piqa", "validation", lambda row: {
+        "context": question(row["goal"]), "choices": [row["sol1"], row["sol2"]], "answer": int(row["label"])}),
+    "lambada": hub_task("EleutherAI/lambada_openai", "test", lambada_row, "default"),
+    "openbookqa": hub_task("allenai/openbookqa", "test", labelled(lambda row: row["question_stem"]), "main"),
+    "winogrande": hub_task("allenai/winogrande", "validation", winogrande_row, "winogrande_xl"),
+    "race": hub_task("EleutherAI/race", "test", race_row, "high"),
+    "boolq": hub_task("aps/super_glue", "validation", lambda row: {
+        "context": f"{row['passage']}\n{question(row['question'] + '?')}", "choices": ["no", "yes"], "answer": int(row["label"])},
+        "boolq"),
+    # DEVIATES: the harness lists lettered choices and scores the letters, which small models cannot read; here the answers.
+    "commonsense_qa": hub_task("tau/commonsense_qa", "validation", labelled(lambda row: question(row["question"].strip()))),
 }
-TOY_TASKS = "toy_recall,toy_shown,toy_unknown"
 
 
 def load_tasks(names, limit=None):
@@ -284,27 +410,34 @@ def load_tasks(names, limit=None):
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: must be at least 1")
-    loaded = {}
-    for name in filter(None, (part.strip() for part in (names or "").split(","))):
+    paths, loaded = {}, {}
+    for name in filter(None, (part.strip() for part in (names or "").split(","))):  # all names first: reading may be slow
         path = pathlib.Path(name).expanduser()
-        if name in TASKS:
-            rows = TASKS[name]()
-        elif path.suffix == ".jsonl" and path.is_file():
-            name, rows = path.stem, read_jsonl(path, "--tasks")
-        else:
+        if name not in TASKS and not (path.suffix == ".jsonl" and path.is_file()):
             raise UserError(f"--tasks {name}: not a known task nor an existing .jsonl file; use some of: "
                             f"{' '.join(TASKS)}, or a path")
+        short = name if name in TASKS else path.stem
+        if short in paths:
+            raise UserError(f"--tasks {names}: two tasks are named {short}; rename one of the files")
+        paths[short] = path
+    for name, path in paths.items():
+        rows = read_jsonl(path, "--tasks") if path.suffix == ".jsonl" else TASKS[name]()
         loaded[name] = [check_row(name, number, row) for number, row in enumerate(rows[:limit], 1)]
     return loaded
 
 
 def check_row(name, number, row):
     """The row itself, if it has the keys of one of the two schemas; otherwise UserError."""
-    if "context" in row and "choices" in row and row.get("answer") in range(len(row["choices"])):
-        return row
-    if "context" in row and "target" in row:
-        return row
-    raise UserError(f"--tasks {name}: row {number} needs context, choices and answer (0-based), or context and target")
+    texts = lambda value: isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
+    if isinstance(row.get("context"), str):
+        if "suffix" in row and not (texts(row.get("options")) and len(row["options"]) == len(row.get("choices", []))):
+            raise UserError(f"--tasks {name}: row {number} has a suffix but not one option for each choice; add options")
+        if texts(row.get("choices")) and row.get("answer") in range(len(row["choices"])):
+            return row
+        if isinstance(row.get("target"), str) and texts(row.get("aliases", [row["target"]])):
+            return row
+    raise UserError(f"--tasks {name}: row {number} needs context, choices and answer (0-based), or context and target; "
+                    "add what is missing")
 
 
 # --- 6. Writing: whole or not at all ---------------------------------------------------------------

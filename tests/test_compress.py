@@ -1,0 +1,522 @@
+"""Contract tests over COMPRESSORS: a new compressor is graded here without editing a test. Then twins, the walk, the command."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+
+import compress
+import loading
+from compress import COMPRESSORS, compress_model, fit_grid, gptq, hessians, magnitude, rtn, sparsegpt
+from conftest import CONFIGS, ROOT, tiny_model
+from loading import UserError
+
+NAMES = sorted(COMPRESSORS)
+QUANTIZERS = [name for name in NAMES if "bits" in COMPRESSORS[name][2]]
+PRUNERS = [name for name in NAMES if "sparsity" in COMPRESSORS[name][2]]
+ONLY_PRUNE = [name for name in PRUNERS if name not in QUANTIZERS]
+SECOND_ORDER = [name for name in NAMES if COMPRESSORS[name][1]]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def problem(out=24, columns=48, dtype=torch.float32, tokens=400, seed=0):
+    """A random W (out, in), correlated inputs X (tokens, in) and their H."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) * torch.logspace(0, -1, columns)[:, None]
+    X = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
+    W, H = torch.randn(out, columns, generator=generator, dtype=torch.float64), X.T @ X / tokens
+    return W.to(dtype), X, H if dtype == torch.float64 else H.float()
+
+
+def run(name, W, H, details=None, **settings):
+    """One entry of COMPRESSORS with those of the settings that it takes. -> Q."""
+    function, takes_H, takes = COMPRESSORS[name]
+    settings = {key: value for key, value in settings.items() if key in takes}
+    return function(*([W, H] if takes_H else [W]), **settings, details=details)
+
+
+def output_error(W, Q, X):
+    """||X (W - Q)^T||, the slow way."""
+    return (X @ (W.double() - Q.double()).T).norm()
+
+
+# --- contracts -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_shape_dtype_determinism_and_an_untouched_input(name, dtype):
+    for out in (24, 1):
+        W, X, H = problem(out, dtype=dtype)
+        W[0] = 0 if out > 1 else W[0]                      # an all-zero row
+        before, H_before = W.clone(), H.clone()
+        Q = run(name, W, H, group_size=16)
+        assert Q.shape == W.shape and Q.dtype == dtype and Q.is_contiguous() and Q.isfinite().all()
+        assert torch.equal(Q, run(name, W, H, group_size=16)) and not torch.equal(Q, W)
+        # the same W stored the other way round, as GPT-2's layers are
+        assert torch.equal(Q, run(name, W.T.contiguous().T, H, group_size=16))
+        assert torch.equal(W, before) and torch.equal(H, H_before), "the input was changed"
+        assert out == 1 or (Q[0] == 0).all()
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_levels_per_group(name, bits, sym):
+    W, X, H = problem(columns=80)
+    for group_size in (16, 64, -1):                        # 64: the last group is short; -1: the whole row
+        details = {}
+        Q = run(name, W, H, details, bits=bits, group_size=group_size, sym=sym, sparsity=0.0)
+        groups = Q.split(80 if group_size == -1 else group_size, dim=1)
+        levels = [len(row.unique()) for group in groups for row in group]
+        assert max(levels) <= 2 ** bits
+        assert bits > 3 or group_size == 16 or max(levels) == 2 ** bits, "levels are wasted"
+        grid = details["grid"]
+        assert torch.equal(grid.dequantize(), Q) and grid.scale.shape == (24, len(groups)) and grid.sym == sym
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_more_bits_and_smaller_groups_lose_less(name):
+    W, X, H = problem(64, 128, tokens=800)
+    error = lambda **settings: output_error(W, run(name, W, H, **settings, sparsity=0.0), X)
+    assert error(bits=2) > error(bits=3) > error(bits=4) > error(bits=8) > 0
+    assert error(group_size=-1) > error(group_size=32) > error(group_size=8)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_sparsity_is_exact(name, sparsity):
+    for dtype in (torch.float32, torch.float16):
+        W, X, H = problem(23, 48, dtype)
+        zeros = int((run(name, W, H, sparsity=sparsity) == 0).sum())
+        wanted = round(sparsity * W.numel())
+        assert zeros == wanted if name in ONLY_PRUNE else zeros >= wanted
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_n_of_m_is_exact(name, pattern):
+    n, m = map(int, pattern.split(":"))
+    W, X, H = problem()
+    kept = (run(name, W, H, pattern=pattern) != 0).view(-1, m).sum(1)
+    assert (kept == n).all() if name in ONLY_PRUNE else (kept <= n).all()
+
+
+@pytest.mark.parametrize("name", ONLY_PRUNE)
+def test_sparsity_0_changes_nothing_and_ties_are_exact(name):
+    W, X, H = problem()
+    assert torch.equal(run(name, W, H, sparsity=0.0), W)
+    ties = torch.ones(10, 48)
+    for scope in ("layer", "row"):
+        assert (run(name, ties, torch.eye(48), sparsity=0.3, scope=scope) == 0).sum() in (144, 140)    # 10 x 48, or 10 rows of 14
+    assert (run(name, ties, torch.eye(48), pattern="2:4") == 0).view(-1, 4).sum(1).eq(2).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_are_kept(name):
+    """Compressing what is pruned already loses none of its zeros: at 40 % before and 50 % asked for, and at 60 %."""
+    for before in (0.4, 0.6):
+        W, X, H = problem(columns=192)                     # two blocks: errors reach the zeros of the second before its turn
+        W = magnitude(W, before)
+        for pattern in (None, "2:4"):
+            Q = run(name, W, H, group_size=16, sparsity=0.5, pattern=pattern)
+            assert (Q[W == 0] == 0).all() and (Q != 0).any()
+            if name in ONLY_PRUNE and pattern is None:     # what is zero already counts
+                assert int((Q == 0).sum()) == round(max(before, 0.5) * W.numel())
+
+
+@pytest.mark.parametrize("settings", [dict(bits=2), dict(bits=3, group_size=16), dict(bits=4, sym=True), dict(sparsity=0.7),
+                                      dict(pattern="2:4"), dict(bits=3, act_order=True)], ids=str)
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_order_beats_the_baseline_on_correlated_inputs(name, settings):
+    for dtype in (torch.float32, torch.bfloat16):
+        W, X, H = problem(64, 96, dtype, 800)
+        baseline = run("magnitude", W, H, **settings) if name in PRUNERS else W
+        baseline = run("rtn", baseline, H, **settings) if name in QUANTIZERS else baseline
+        assert output_error(W, run(name, W, H, **settings), X) < output_error(W, baseline, X)
+
+
+BAD = {"bits": [0, 1, 9], "group_size": [0, -2], "sparsity": [-0.1, 1.1, float("nan")], "percdamp": [0, -1.0],
+       "pattern": ["4:2", "0:4", "x", "2:4:8", "2:5"], "scope": ["column"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_settings_are_refused(name):
+    W, X, H = problem()
+    for setting in BAD.keys() & set(COMPRESSORS[name][2]):
+        for value in BAD[setting]:
+            with pytest.raises(UserError, match=f"--{setting.replace('_', '-')} {value}"):
+                run(name, W, H, **{setting: value})
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------------
+
+def test_rtn_by_hand():
+    W = torch.tensor([[-1.0, 0.1, 0.6, 2.0]])
+    # 2 bits: scale (2 + 1) / 3 = 1, zero 1, points -1 0 1 2; symmetric: scale 4 / 3, zero 2, points -8/3 -4/3 0 4/3
+    assert torch.equal(rtn(W, 2, -1), torch.tensor([[-1.0, 0.0, 1.0, 2.0]]))
+    assert torch.allclose(rtn(W, 2, -1, sym=True), torch.tensor([[-4 / 3, 0.0, 0.0, 4 / 3]]), atol=1e-3)
+    # all of one sign: 0 is still a point
+    assert torch.equal(rtn(torch.tensor([[1.5, 3.0]]), 2, -1), torch.tensor([[2.0, 3.0]]))
+
+
+def test_rtn_leaves_its_own_grid_alone_and_goes_to_the_nearest_point():
+    W, details = problem()[0], {}
+    Q = rtn(W, 3, 16, details=details)
+    grid = details["grid"]
+    points = grid.scale.float()[..., None] * (torch.arange(8) - grid.zero.float()[..., None])              # (out, groups, 8)
+    nearest = (W.view(24, 3, 16, 1) - points[:, :, None]).abs().amin(-1).view(24, 48)
+    assert torch.allclose((W - Q).abs(), nearest, atol=1e-6)
+
+
+def test_groups_are_independent_and_the_last_may_be_short():
+    W = problem(columns=40)[0]
+    pieces = torch.cat([rtn(W[:, a:b], 3, -1) for a, b in ((0, 16), (16, 32), (32, 40))], 1)
+    assert torch.equal(rtn(W, 3, 16), pieces)
+    assert torch.equal(rtn(W, 3, 1000), rtn(W, 3, -1))
+
+
+def test_extreme_rows_stay_finite():
+    W = torch.tensor([[0.0, 0.0], [1e-12, -1e-12], [3e5, -1e5], [5.0, 5.0]])
+    for sym in (False, True):
+        for bits in (2, 8):
+            Q = rtn(W, bits, -1, sym)
+            assert Q.isfinite().all() and (Q[0] == 0).all() and Q[1].abs().max() < 1e-6
+
+
+# --- twins -----------------------------------------------------------------------------------------------------------------
+
+def brute_force(W, H, bits=None, group=None, pattern=None, sparsity=None, block=None, percdamp=0.01):
+    """Optimal brain quantization and surgeon, left to right, with the inverse of what is left recomputed for every column."""
+    W, columns = W.clone(), W.shape[1]
+    H = H + percdamp * H.diagonal().mean() * torch.eye(columns, dtype=H.dtype)
+    inverse = [torch.linalg.inv(H[i:, i:]) for i in range(columns)]
+    loss = lambda a, b: torch.stack([W[:, j] ** 2 / inverse[j][0, 0] for j in range(a, b)], 1)             # (out, b - a)
+    zero_here = torch.zeros_like(W, dtype=torch.bool)
+    for i in range(columns):
+        if bits and i % group == 0:
+            scale, zero = fit_grid(W[:, i:i + group], bits, False)
+        if pattern and i % pattern[1] == 0:
+            for row, losses in enumerate(loss(i, i + pattern[1])):
+                zero_here[row, i + losses.argsort()[:pattern[1] - pattern[0]]] = True
+        if sparsity and i % block == 0:
+            end = min(i + block, columns)
+            wanted = round(sparsity * end * len(W)) - int(zero_here.sum())
+            flat = loss(i, end).flatten().argsort()[:wanted]
+            zero_here[flat // (end - i), i + flat % (end - i)] = True
+        q = torch.where(zero_here[:, i], 0, W[:, i])
+        if bits:
+            q = scale * ((q / scale).round() + zero).clamp(0, 2 ** bits - 1).sub(zero)
+        error = (W[:, i] - q) / inverse[i][0, 0]
+        W[:, i + 1:] -= error[:, None] * inverse[i][0, 1:]
+        W[:, i] = q
+    return W
+
+
+@pytest.mark.parametrize("bits, group", [(2, 48), (3, 48), (3, 16), (4, 8), (3, 20)])
+def test_gptq_equals_brute_force(bits, group):
+    W, X, H = problem(dtype=torch.float64)
+    assert torch.allclose(gptq(W, H, bits, group, block_size=16), brute_force(W, H, bits, group), atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [dict(pattern="2:4"), dict(pattern="4:8"), dict(sparsity=0.5), dict(sparsity=0.7),
+                                      dict(pattern="2:4", bits=3, group_size=16),
+                                      dict(sparsity=0.5, bits=3, group_size=16)], ids=str)
+def test_sparsegpt_equals_brute_force(settings):
+    W, X, H = problem(dtype=torch.float64)
+    slow = dict(bits=settings.get("bits"), group=settings.get("group_size"), sparsity=settings.get("sparsity"), block=16,
+                pattern=tuple(map(int, settings["pattern"].split(":"))) if "pattern" in settings else None)
+    assert torch.allclose(sparsegpt(W, H, **settings, block_size=16), brute_force(W, H, **slow), atol=1e-9)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_h_proportional_to_identity_is_rtn(scale, act_order):
+    W = problem()[0]
+    for bits, group, sym in ((2, 16, False), (3, -1, False), (3, 20, True), (4, 16, True)):
+        assert torch.equal(gptq(W, scale * torch.eye(48), bits, group, sym, act_order), rtn(W, bits, group, sym))
+    assert torch.equal(sparsegpt(W, scale * torch.eye(48), pattern="2:4"), magnitude(W, pattern="2:4"))
+    assert torch.equal(sparsegpt(W, scale * torch.eye(48), 0.5), magnitude(W, 0.5))
+
+
+@pytest.mark.parametrize("group", [4, 16, 20, 32, -1])
+def test_block_size_changes_nothing(group):
+    """Groups smaller than, equal to, larger than the block, and none that divides the other."""
+    W, X, H = problem(columns=64, dtype=torch.float64)
+    grid = dict(bits=3, group_size=group)
+    for method, settings in ((gptq, grid), (gptq, dict(grid, act_order=True)), (sparsegpt, dict(pattern="2:4")),
+                             (sparsegpt, dict(grid, pattern="2:4"))):
+        results = [method(W, H, **settings, block_size=size) for size in (1, 7, 16, 32, 1000)]
+        assert all(torch.allclose(results[0], other, atol=1e-9) for other in results[1:])
+
+
+def test_act_order():
+    """Equal diagonal: off. Otherwise the same as sorting the columns by hand; and the order is a permutation that was stored."""
+    W, X, H = problem(dtype=torch.float64)
+    equal = (H / H.diagonal().sqrt() / H.diagonal().sqrt()[:, None]).fill_diagonal_(1)
+    assert torch.equal(gptq(W, equal, act_order=True), gptq(W, equal))
+    order, details = H.diagonal().argsort(descending=True), {}
+    by_hand = gptq(W[:, order], H[order][:, order], 3, 16)[:, order.argsort()]
+    assert torch.equal(gptq(W, H, 3, 16, act_order=True, details=details), by_hand)
+    assert torch.equal(details["grid"].order, order) and torch.equal(details["grid"].dequantize().double(), by_hand)
+    assert not torch.equal(gptq(W, H, 3, 16), by_hand)
+
+
+def test_dead_columns_are_rounded_and_disturb_nothing():
+    W, X, H = problem(dtype=torch.float64)
+    dead = torch.zeros(48, dtype=torch.bool)
+    dead[[0, 17, 47]] = True
+    H[dead], H[:, dead] = 0, 0
+    for act_order in (False, True):
+        details = {}
+        Q = gptq(W, H, 8, -1, act_order=act_order, details=details)
+        assert "note" not in details and ((W - Q)[:, dead].abs() <= details["grid"].scale.double()).all()
+        # the scale of H means nothing, dead columns or not
+        assert torch.equal(gptq(W, H * 1e-6, 8, -1, act_order=act_order), Q)
+    assert (sparsegpt(W, H, 0.5)[:, dead] == 0).all(), "what no token excites goes first"
+    # four dead columns at the end: the others come out as if they were not there
+    more, H_more = torch.cat([W, W[:, :4]], 1), torch.zeros(52, 52, dtype=torch.float64)
+    H_more[:48, :48] = problem(dtype=torch.float64)[2]
+    without = sparsegpt(W, H_more[:48, :48], pattern="2:4")
+    assert torch.allclose(sparsegpt(more, H_more, pattern="2:4")[:, :48], without, atol=1e-9)
+
+
+def test_few_tokens_are_enough():
+    """Rank 5 of 48: damping makes it solvable, and the result still beats rounding on those tokens."""
+    W, X, H = problem(tokens=5)
+    for method, baseline in ((gptq, rtn), (sparsegpt, magnitude)):
+        details = {}
+        Q = method(W, H, details=details)
+        assert "note" not in details and output_error(W, Q, X) < 0.5 * output_error(W, baseline(W), X)
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "indefinite", "zero"])
+def test_hopeless_h_falls_back_and_says_so(bad):
+    W, H = problem()[0], torch.eye(48)
+    if bad == "indefinite":
+        H[0, 1] = H[1, 0] = 100
+    elif bad == "zero":
+        H.zero_()
+    else:
+        H[3, 5] = H[5, 3] = float(bad)
+    for name in SECOND_ORDER:
+        details = {}
+        Q = run(name, W, H, details)
+        expected = run("magnitude", W, H) if name in PRUNERS else W
+        expected = run("rtn", expected, H) if name in QUANTIZERS else expected
+        assert torch.equal(Q, expected) and "singular Hessian" in details["note"]
+        assert 0 < compress.relative_error(W, Q, H) < 1 or bad in ("indefinite", "zero")
+
+
+def test_damping_is_raised_before_giving_up():
+    W, X, H = problem()
+    H -= 0.05 * H.diagonal().mean() * torch.eye(48)        # its smallest eigenvalues are negative, less than ten dampings
+    details = {}
+    Q = gptq(W, H, details=details)
+    assert details["note"] == "damping raised to 0.1" and output_error(W, Q, X) < output_error(W, rtn(W), X)
+
+
+def test_relative_error_is_that_of_the_outputs():
+    W, X, H = problem(dtype=torch.float64)
+    Q = rtn(W)
+    assert compress.relative_error(W, Q, H.float()) == pytest.approx((output_error(W, Q, X) / (X @ W.T).norm()).item(), rel=1e-4)
+
+
+# --- the walk --------------------------------------------------------------------------------------------------------------
+
+CALIBRATION = torch.randint(3, 97, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def linears(model):
+    """{path: (module, is its weight transposed)} of every linear layer inside the blocks, found by class name."""
+    blocks = loading.arch_of(model).blocks + "."
+    return {path: (module, type(module).__name__ == "Conv1D") for path, module in model.named_modules()
+            if path.startswith(blocks) and type(module).__name__ in ("Linear", "Conv1D")}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("arch", sorted(CONFIGS))
+def test_every_block_is_fed_by_compressed_predecessors(arch, attention, monkeypatch):
+    """The twin: the whole model runs for every layer; its H is taken by a hook, in float64; blocks before are compressed."""
+    seen = []
+    def recorded(W, H, details=None):
+        seen.append((W.clone(), H.clone()))
+        return rtn(W, 2, -1)
+    monkeypatch.setitem(COMPRESSORS, "recorded", (recorded, True, ()))
+    model, twin = tiny_model(arch), tiny_model(arch)
+    for m in (model, twin):
+        m.set_attn_implementation(attention)
+    report = compress_model(model, None, "recorded", CALIBRATION)
+    assert list(report["layers"]) == list(linears(model))
+    for i, block in enumerate(loading.blocks_of(twin)):
+        inside = [path for path in linears(twin) if path.startswith(f"{loading.arch_of(twin).blocks}.{i}.")]
+        H = {path: slow_hessian(twin, path) for path in inside}
+        for path in inside:
+            module, transposed = linears(twin)[path]
+            W, got = seen.pop(0)
+            assert torch.equal(W, module.weight.T if transposed else module.weight)
+            assert torch.allclose(got.double(), H[path], rtol=1e-4, atol=1e-5 * H[path].abs().max()), path
+            Q = rtn(W, 2, -1)
+            module.weight.data = Q.T.contiguous() if transposed else Q
+    after, expected = model.state_dict(), twin.state_dict()
+    assert all(torch.equal(after[key], expected[key]) for key in expected)
+
+
+def slow_hessian(model, path):
+    """Mean of x x^T over all tokens that the layer reads in a forward pass of the whole model."""
+    rows = []
+    hook = lambda layer, args: rows.append(args[0].reshape(-1, args[0].shape[-1]))             # (tokens, in)
+    handle = model.get_submodule(path).register_forward_pre_hook(hook)
+    for chunk in CALIBRATION:
+        model(chunk[None])
+    handle.remove()
+    X = torch.cat(rows).double()
+    assert len(X) == CALIBRATION.numel()
+    return X.T @ X / len(X)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_block_linears_change(name, any_model):
+    before = {key: value.clone() for key, value in any_model.state_dict().items()}
+    report = compress_model(any_model, None, name, CALIBRATION)
+    inside = {f"{path}.weight" for path in linears(any_model)}
+    assert {f"{path}.weight" for path in report["layers"]} == inside and len(inside) >= 12
+    for key, value in any_model.state_dict().items():
+        assert torch.equal(value, before[key]) != (key in inside), key
+        assert value.dtype == before[key].dtype and value.shape == before[key].shape and value.is_contiguous()
+
+
+def test_hessians_do_not_mix_layers_whose_inputs_reuse_memory():
+    """An input that is freed makes room for the next of the same shape: same address, another tensor."""
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(6)])
+        def forward(self, x):
+            for k, layer in enumerate(self.layers):
+                layer(x * (k + 1))                         # freed at once
+            return x
+    x = torch.randn(1, 50, 64)
+    for k, H in enumerate(hessians(Block(), [x, x], {}).values()):
+        assert torch.allclose(H, (k + 1) ** 2 * x[0].T @ x[0] / 50, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_read_the_same_tensor_share_one_h():
+    model = tiny_model("llama")
+    hidden, kwargs = compress.first_block_inputs(model, CALIBRATION, "cpu")
+    H = hessians(loading.blocks_of(model)[0], hidden, kwargs)
+    assert H["self_attn.q_proj"] is H["self_attn.k_proj"] and H["mlp.gate_proj"] is H["mlp.up_proj"]
+    assert len({id(h) for h in H.values()}) == 4
+
+
+def test_one_block_at_a_time_on_the_device(monkeypatch):
+    model, moves = tiny_model("llama"), []
+    for i, block in enumerate(loading.blocks_of(model)):
+        def to(device, i=i, block=block):
+            moves.append((i, str(device)))
+            return nn.Module.to(block, device)
+        monkeypatch.setattr(block, "to", to)
+    compress_model(model, None, "rtn", CALIBRATION, device="cpu:0")
+    assert moves == [(i, place) for i in range(3) for place in ("cpu:0", "cpu")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_for_the_blocks_gives_the_same_error():
+    model, other = tiny_model("llama"), tiny_model("llama")
+    here, there = (compress_model(m, None, "gptq", CALIBRATION, device=d, grids={}) for m, d in ((model, "cpu"), (other, "cuda")))
+    assert other.device.type == "cpu" and there["mean_error"] == pytest.approx(here["mean_error"], rel=0.05)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, settings, expected", [
+    ("rtn", dict(bits=3, group_size=16), 3 + (16 + 3) / 16), ("rtn", dict(bits=4, group_size=16, sym=True), 4 + 16 / 16),
+    ("gptq", dict(bits=2, group_size=8), 2 + (16 + 2) / 8), ("magnitude", dict(sparsity=0.5), 1 + 0.5 * 32),
+    ("magnitude", dict(sparsity=0.0), 32), ("sparsegpt", dict(pattern="1:4"), 1 + 32 / 4)])
+def test_bits_per_weight_by_hand(name, settings, expected):
+    model = tiny_model("llama")
+    report = compress_model(model, None, name, CALIBRATION, **settings)
+    assert report["bits_per_weight"] == pytest.approx(expected, rel=1e-3)
+    inside = sum(module.weight.numel() for module, _ in linears(model).values())
+    rest = 4 * (sum(p.numel() for p in model.parameters()) - inside)
+    assert report["weight_bytes"] == pytest.approx(rest + inside * expected / 8, rel=1e-3)
+
+
+def test_the_report():
+    report = compress_model(tiny_model("gpt2"), None, "sparsegpt", CALIBRATION, pattern="1:4", bits=3)
+    json.dumps(report, allow_nan=False)
+    # what the pattern overrides, and what only another compressor takes, is not listed
+    assert report["settings"] == {"pattern": "1:4", "percdamp": 0.01}
+    assert report["sparsity"] == 0.75 and report["calibration"] == {"nsamples": 3, "seqlen": 20}
+    assert all({"error", "sparsity", "weights", "bits", "seconds"} <= set(row) for row in report["layers"].values())
+    assert all(0 < row["error"] < 1 for row in report["layers"].values())
+    assert "75.00 % zeros" in compress.summary(report)
+
+
+def test_joint_quantizes_by_default():
+    model = tiny_model("llama")
+    compress_model(model, None, "sparsegpt_gptq", CALIBRATION)
+    assert max(len(row.unique()) for module, _ in linears(model).values() for row in module.weight) <= 8
+
+
+@pytest.mark.parametrize("settings, word", [
+    (dict(name="zip"), "--compressor zip"), (dict(name="gptq", group=64), "group"), (dict(name="rtn", bits=1), "--bits 1"),
+    (dict(name="magnitude", pattern="2:5"), "--pattern 2:5"),
+    (dict(name="sparsegpt_gptq", pattern="2:4", group_size=6), "--group-size 6")])
+def test_mistakes_are_found_before_any_forward_pass(settings, word, monkeypatch):
+    monkeypatch.delattr(compress, "first_block_inputs")
+    with pytest.raises(UserError, match=word):
+        compress_model(tiny_model("llama"), None, settings.pop("name"), CALIBRATION, **settings)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, word", [
+    ([], "--out"), (["--compressor", "zip"], "--compressor"), (["--bits", "9"], "--bits"), (["--bits", "1"], "--bits"),
+    (["--bits", "x"], "--bits"), (["--group-size", "0"], "--group-size"), (["--sparsity", "1.0"], "--sparsity"),
+    (["--sparsity", "-1"], "--sparsity"), (["--percdamp", "0"], "--percdamp"), (["--pattern", "4:2"], "--pattern"),
+    (["--nsamples", "0"], "--nsamples"), (["--seqlen", "0"], "--seqlen"), (["--model", "no/such/folder"], "--model"),
+    (["--device", "tpu"], "--device"), (["--scope", "column"], "--scope"), (["--out", "FULL"], "--out"),
+    (["--compressor", "magnitude", "--pattern", "2:5"], "--pattern"), (["--seqlen", "100000"], "--seqlen"),
+    (["--compressor", "sparsegpt_gptq", "--pattern", "2:4", "--group-size", "6"], "--group-size"),
+    (["--text", "nonsense"], "--text")])
+def test_a_mistake_is_one_line(flags, word, capsys, tmp_path):
+    """One line `error: ...` that names the flag, exit code 2, nothing written."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    flags = [flag.replace("FULL", str(tmp_path / "full")) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        loading.run(lambda: compress.main((["--out", str(tmp_path / "out")] if flags else []) + flags))
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(err) == 1 and word in err[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["full"] and (tmp_path / "full" / "thesis.tex").exists()
+
+
+def test_the_command_dense_and_packed(tmp_path):
+    """compress.py in a process of its own, as dequantized weights and as true bits: the same model comes back from both."""
+    flags = ["--compressor", "gptq", "--act-order", "--nsamples", "4", "--seqlen", "32"]
+    run = subprocess.run([sys.executable, str(ROOT / "compress.py"), *flags, "--packed", "--out", str(tmp_path / "packed")],
+                         capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "blocks:" not in run.stderr, "a progress bar without a terminal"
+    compress.main([*flags, "--out", str(tmp_path / "dense")])
+    models = [loading.load_model(str(tmp_path / kind))[0] for kind in ("dense", "packed", "packed")]
+    toy = loading.load_model("toy")[0].state_dict()
+    for key, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[key]), key
+    assert sum(not torch.equal(value, toy[key]) for key, value in models[0].state_dict().items()) == 4 * 7
+    reports = [json.loads((tmp_path / kind / "compression.json").read_text()) for kind in ("dense", "packed")]
+    assert reports[1]["packed_bytes"] == (tmp_path / "packed" / "packed.safetensors").stat().st_size
+    same = ("compressor", "settings", "base_model", "mean_error", "bits_per_weight", "weight_bytes")
+    assert all(reports[0][key] == reports[1][key] for key in same) and reports[0]["settings"]["act_order"] is True
+    assert f"{reports[1]['bits_per_weight']:.3f} bits per weight" in run.stdout
+
+
+def test_calibration_chunks():
+    ids = torch.arange(30)
+    chunks = compress.calibration_ids(ids, 200, 7)
+    assert all(chunk.tolist() == list(range(chunk[0], chunk[0] + 7)) for chunk in chunks)
+    assert chunks.min() == 0 and chunks.max() == 29
+    assert torch.equal(chunks, compress.calibration_ids(ids, 200, 7))
+    assert not torch.equal(chunks, compress.calibration_ids(ids, 200, 7, seed=1))
