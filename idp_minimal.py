@@ -234,8 +234,7 @@ class IDP:
     """What `with attach_idp(...) as idp` gives: idp.choice (B,) and idp.scores (B, m) of the last prefill."""
 
     def __init__(self, bank, selector, attention, options):
-        self.bank, self.attention, self.options = bank, attention, options
-        self.rule = SELECTORS[selector]
+        self.bank, self.rule, self.attention, self.options = bank, selector, attention, options
         self.choice = self.scores = None
 
     def select(self, A, real, owner):
@@ -320,12 +319,14 @@ def visible(real, past, prompt):
 def attach_idp(model, bank, selector="mean_attention", attention="sdpa", **options):
     """Within the block, model(...) and model.generate(...) choose and use a prompt from the bank.
 
-    selector: a key of SELECTORS; options go to it (fixed: k=; random: generator=; oracle: loss=).
+    selector: a key of SELECTORS, or a function with their signature; options go to it (fixed: k=; random: generator=;
+    oracle: loss=).
     attention: "sdpa" (fast) or "eager" (plain, returns A when output_attentions=True). Gradients flow to inputs and
     weights, and to a bank whose tensors require them; gradient checkpointing is refused.
     Raises ValueError for an unknown selector or a model whose attention cannot be replaced.
     """
-    if selector not in SELECTORS or attention not in ("sdpa", "eager"):
+    selector = SELECTORS.get(selector, selector)
+    if not callable(selector) or attention not in ("sdpa", "eager"):
         raise ValueError(f"selector {selector!r} must be one of {sorted(SELECTORS)}, attention {attention!r} sdpa or eager")
     before = model.config._attn_implementation
     idp = IDP(bank, selector, attention, options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import CONFIGS, ROOT, tiny_model
+from conftest import ROOT, tiny_model
 from idp_minimal import (CACHE, SELECTORS, PromptBank, attach_idp, attention_to_prompts, idp_reference, prompt_cache,
                          prompt_losses, reference_choice)
 
@@ -272,7 +272,7 @@ def test_gradients_flow_to_a_bank_and_to_weights():
 
 def test_refusals():
     model = tiny_model("llama")
-    prompts, (ids, mask) = make_prompts(model), make_batch()
+    prompts, (ids, _) = make_prompts(model), make_batch()
     bank = PromptBank.from_prompts(model, prompts)
     for bad in ([], [torch.zeros(3, 7)], [torch.zeros(0, 32)], [torch.zeros(32)]):
         with pytest.raises(ValueError, match="prompts must be"):

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
@@ -15,7 +14,8 @@ import recover
 from conftest import CONFIGS, ROOT, tiny_model
 from idp_minimal import CACHE, PromptBank, attach_idp
 from loading import UserError
-from recover import METHODS, LoRA, LoRALinear, SoftPrompts, batch_at, load_adapter, row_losses, train
+from methods import METHODS, LoRA, LoRALinear, SoftPrompts, load_adapter, row_losses
+from recover import batch_at, train
 
 ARGS = argparse.Namespace(prompt_length=4, prompt_lengths=[2, 4], selector="mean_attention", rank=2, alpha=4, targets=None)
 
