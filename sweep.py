@@ -1,0 +1,154 @@
+"""Sweeps: the main job many times over, one table each.
+
+    python sweep.py rates                    # every method at several learning rates: where LEARNING_RATES comes from
+    python sweep.py sizes --out runs/sizes   # quality against trainable parameters, with a figure
+    python sweep.py compressors              # every compressor at several settings, no recovery
+
+Flags are recover.py's: --model, --text, --tasks, --limit, --steps, --seed and so on. All rows of a table share the model,
+the calibration tokens, the training tokens in their order, and the test items, so that they compare pair by pair
+(evaluate.py --compare). With --out: results.json, results.md, items.json, and sizes.png.
+"""
+import time
+
+import torch
+
+import compress
+import evaluate
+import loading
+import recover
+from methods import METHODS
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SIZES = {  # method -> (flag of recover.py, its values): what makes the method larger
+    "prompt": ("prompt_length", (1, 4, 16, 64)),
+    "prefix": ("prompt_length", (1, 4, 16, 64)),
+    "idp": ("prompt_lengths", ([1] * 4, [4] * 4, [16] * 4)),
+    "lora": ("rank", (1, 2, 4, 8, 16)),
+}
+COMPRESSIONS = (  # (compressor, settings)
+    [(name, dict(bits=bits, group_size=group, act_order=act_order)) for bits in (4, 3, 2) for group in (64, 128, -1)
+     for name, act_order in (("rtn", False), ("gptq", False), ("gptq", True))]
+    + [(name, dict(sparsity=sparsity)) for sparsity in (0.3, 0.5, 0.7) for name in ("magnitude", "sparsegpt")]
+    + [(name, dict(pattern="2:4")) for name in ("magnitude", "sparsegpt")])
+
+
+def compressed(run):
+    """Compress as the flags say and append that row. -> bytes of the compressed weights."""
+    report = run.compress()
+    run.measure("compressed", report["weight_bytes"])
+    return report["weight_bytes"]
+
+
+def rates(run):
+    """Every method at every rate of RATES. NOT IN PAPER: how the authors chose theirs."""
+    weight_bytes = compressed(run)
+    for name in run.args.method:
+        for run.args.lr in RATES:
+            run.recover(name, weight_bytes, f"{name}, lr {run.args.lr:g}")
+
+
+def sizes(run):
+    """Every method at several sizes, each at the learning rate of its method."""
+    weight_bytes = compressed(run)
+    for name in run.args.method:
+        flag, values = SIZES[name]
+        before = getattr(run.args, flag)
+        for value in values:
+            setattr(run.args, flag, value)
+            run.recover(name, weight_bytes, f"{name}, {flag.replace('_', ' ')} {value}")
+        setattr(run.args, flag, before)
+
+
+def compressors(run):
+    """Every entry of COMPRESSIONS, each from the dense weights."""
+    chosen = [entry for entry in COMPRESSIONS if any(text in describe(*entry) for text in run.args.only)]
+    run.measure("dense", evaluate.weight_bytes(run.model))
+    dense = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    ids = compress.calibration_ids(run.train_ids, run.args.nsamples, run.args.seqlen, run.args.seed)
+    for name, settings in chosen:
+        run.model.load_state_dict(dense)
+        report = compress.compress_model(run.model, run.tokenizer, name, ids, **settings)
+        report.pop("layers")
+        run.measure(describe(name, settings), report["weight_bytes"], compression=report)
+
+
+def describe(name, settings):
+    """('gptq', ...) -> 'gptq 3 bits, group 64, act-order'."""
+    if "bits" in settings:
+        group = "row" if settings["group_size"] == -1 else settings["group_size"]
+        return f"{name} {settings['bits']} bits, group {group}" + ", act-order" * settings["act_order"]
+    return f"{name} " + (settings["pattern"] if "pattern" in settings else f"{100 * settings['sparsity']:.0f} %")
+
+
+SWEEPS = {"rates": rates, "sizes": sizes, "compressors": compressors}
+
+
+def compression_table(rows):
+    """What format_table leaves out: bits, error and seconds of each compression. -> Markdown."""
+    lines = ["| compression | bits per weight | relative output error | seconds |", "|---|---|---|---|"]
+    for row in rows:
+        if "compression" in row:
+            report = row["compression"]
+            lines.append(f"| {row['row']} | {report['bits_per_weight']:.2f} | {report['mean_error']:.3f} | {report['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
+def figure(rows, path, title):
+    """Quality against trainable parameters, a line per method: the first task's accuracy, and perplexity."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    task = next(iter(rows[0]["tasks"]), None)
+    panels = ([(f"accuracy on {task}, %", lambda row: 100 * row["tasks"][task]["acc"], lambda row: [100 * x for x in row["tasks"][task]["ci95"]])]
+              if task else []) + [("perplexity", lambda row: row["ppl"], lambda row: row["ppl_ci95"])]
+    fig, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for ax, (label, value, interval) in zip(axes[0], panels):
+        for (method, _), marker, style in zip(SIZES.items(), "os^D", ("-", "--", ":", "-.")):
+            points = [row for row in rows if row["row"].startswith(method + ",")]
+            if points:
+                bars = [[value(row) - interval(row)[0] for row in points], [interval(row)[1] - value(row) for row in points]]
+                ax.errorbar([row["trainable_params"] for row in points], [value(row) for row in points], yerr=bars,
+                            marker=marker, linestyle=style, capsize=3, label=method)
+        for row, style in ((rows[0], (0, (1, 1))), (rows[1], (0, (5, 1)))):
+            ax.axhline(value(row), color="0.4", linestyle=style, linewidth=1)
+            ax.text(1, value(row), row["row"], fontsize=9, color="0.3", va="bottom", transform=ax.get_yaxis_transform(), ha="right")
+        ax.set(xscale="log", xlabel="trainable parameters (log scale)", ylabel=label)
+        ax.grid(alpha=0.3)
+    axes[0][0].legend(frameon=False)
+    fig.suptitle(title, fontsize=10)
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def parse(argv=None):
+    """The command line: the name of a sweep, and recover.py's flags. -> argparse.Namespace; raises UserError."""
+    parser = recover.build_parser()
+    parser.description = __doc__.splitlines()[0]
+    parser.add_argument("sweep", choices=sorted(SWEEPS), help="which table")
+    parser.add_argument("--only", type=lambda text: text.split(";"), default=[""],
+                        help="compressors: rows whose name contains one of these, separated by ';', as in 'group 64;50 %%'")
+    parser.set_defaults(method=list(METHODS))
+    return recover.parse(argv, parser)
+
+
+def main(argv=None):
+    """One sweep, one table."""
+    args = parse(argv)
+    torch.manual_seed(args.seed)
+    run, out = recover.Run(args), args.out
+    args.out = None                                        # no checkpoint per row: a sweep is short, or cut up by --method
+    SWEEPS[args.sweep](run)
+    args.out = out
+    print(evaluate.format_table(run.rows))
+    if args.sweep == "compressors":
+        print("\n" + compression_table(run.rows))
+    if out:
+        evaluate.write_results(out, evaluate.command_line(), vars(args), run.device, time.time() - run.start, run.rows)
+        if args.sweep == "sizes":
+            title = f"{args.model}, {args.compression[0]}, {args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens, 95 % intervals"
+            figure(run.rows, f"{out}/sizes.png", title)
+
+
+if __name__ == "__main__":
+    loading.run(main)
