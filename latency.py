@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import compress
 import loading
-import recover
+import methods
 from idp_minimal import CACHE, PromptBank, attach_idp, prompt_cache
 
 LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -75,7 +75,7 @@ def as_cached_prefix(model, P):
 def all_linears(model):
     """Names of every linear layer inside the blocks."""
     block = loading.blocks_of(model)[0]
-    kinds = (torch.nn.Linear, recover.Conv1D)
+    kinds = (torch.nn.Linear, methods.Conv1D)
     return sorted({name.split(".")[-1] for name, module in block.named_modules() if isinstance(module, kinds)})
 
 
@@ -94,9 +94,9 @@ def merged(method):
 def variants(model, n, with_compressed):
     """{name: (context manager factory, call)}. n: tokens of every prompt, so that all prompts cost the same."""
     d, generator = model.get_input_embeddings().weight.shape[1], torch.Generator().manual_seed(0)
-    prompts = [recover.initial_prompt(model, n, generator).to(model.dtype) for _ in range(8)]    # (n, d) each
+    prompts = [methods.initial_prompt(model, n, generator).to(model.dtype) for _ in range(8)]    # (n, d) each
     assert prompts[0].shape == (n, d)
-    lora, lora_all = recover.LoRA(model), recover.LoRA(model, targets=all_linears(model))
+    lora, lora_all = methods.LoRA(model), methods.LoRA(model, targets=all_linears(model))
     nothing = contextlib.nullcontext
     table = {"dense": (nothing, plain)}
     if with_compressed:

@@ -216,14 +216,19 @@ def show(seed):
               f"[{row['choices'][row['answer']]}]\n    choices: {' '.join(row['choices'])}")
 
 
-def main():
-    """Show the world, or train its model."""
+def parse(argv=None):
+    """The command line. -> argparse.Namespace."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", action="store_true", help="train the model and write --out (default: show the world)")
     parser.add_argument("--out", default=str(FOLDER), help="folder to write")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the world, the initial weights and the order of the text")
     parser.add_argument("--steps", type=int, default=2000, help="training steps")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    """Show the world, or train its model."""
+    args = parse()
     if not args.train:
         return show(args.seed)
     import loading                                         # for writing a folder whole; text and tasks need nothing
