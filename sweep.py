@@ -74,10 +74,12 @@ def compressors(run):
 
 def describe(name, settings):
     """('gptq', ...) -> 'gptq 3 bits, group 64, act-order'."""
+    parts = []
+    if "sparsity" in settings or "pattern" in settings:
+        parts.append(settings.get("pattern") or f"{100 * settings['sparsity']:.0f} %")
     if "bits" in settings:
-        group = "row" if settings["group_size"] == -1 else settings["group_size"]
-        return f"{name} {settings['bits']} bits, group {group}" + ", act-order" * settings["act_order"]
-    return f"{name} " + (settings["pattern"] if "pattern" in settings else f"{100 * settings['sparsity']:.0f} %")
+        parts.append(f"{settings['bits']} bits, group {'row' if settings['group_size'] == -1 else settings['group_size']}")
+    return f"{name} " + ", ".join(parts + ["act-order"] * settings.get("act_order", False))
 
 
 SWEEPS = {"rates": rates, "sizes": sizes, "compressors": compressors}
@@ -146,7 +148,7 @@ def main(argv=None):
     if out:
         evaluate.write_results(out, evaluate.command_line(), vars(args), run.device, time.time() - run.start, run.rows)
         if args.sweep == "sizes":
-            title = f"{args.model}, {args.compression[0]}, {args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens, 95 % intervals"
+            title = f"{args.model}, {describe(*args.compression)}, {args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens, 95 % intervals"
             figure(run.rows, f"{out}/sizes.png", title)
 
 
