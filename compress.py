@@ -170,7 +170,7 @@ def block_edges(columns, block_size, unit, inner=1):
 
 
 def second_order(W, H, bits=None, group_size=64, sym=False, act_order=False, percdamp=0.01, block_size=128, sparsity=None,
-                 pattern=None, details=None):
+                 pattern=None, static_groups=False, details=None):
     """GPTQ (bits), SparseGPT (sparsity or pattern) or both at once. [GPTQ Alg. 1] W (out, in), H (in, in) -> Q (out, in).
 
     Columns are compressed one by one; the error of each, divided by its diagonal entry of U, is spread over the columns that
@@ -178,7 +178,8 @@ def second_order(W, H, bits=None, group_size=64, sym=False, act_order=False, per
     """
     columns = W.shape[1]
     m = split_pattern(pattern, columns, group_size if bits else -1)[1] if pattern else 1
-    H, order = working(H).clone(), None
+    H, order, width = working(H).clone(), None, group_width(group_size, columns)
+    grids = [fit_grid(w, bits, sym) for w in working(W).split(width, dim=1)] if static_groups else []
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)                             # (in,)
         H, W = H[order][:, order], W[:, order]
@@ -189,11 +190,13 @@ def second_order(W, H, bits=None, group_size=64, sym=False, act_order=False, per
         return None
     if damp > percdamp:
         details["note"] = f"damping raised to {damp:g}"
-    state = Columns(W, U, dead, bits, group_width(group_size, columns), sym, sparsity, pattern, m)
+    state = Columns(W, U, dead, bits, width, sym, sparsity, pattern, m)
+    if static_groups:
+        state.grids, state.group_of = grids, (torch.arange(columns) if order is None else order).div(width, rounding_mode="floor").tolist()
     for start, end in block_edges(columns, block_size, state.group if bits else m, m):
         state.compress(start, end)
     if bits:
-        details["grid"] = state.grid(order)
+        details["grid"] = state.grid(order, static_groups)
     Q = state.W.T if order is None else state.W.T[:, order.argsort()]                          # (out, in)
     return Q.to(W.dtype).contiguous()
 
@@ -210,7 +213,7 @@ class Columns:
         self.bits, self.group, self.sym, self.sparsity, self.pattern, self.m = bits, group, sym, sparsity, pattern, m
         self.zeros = self.W == 0
         self.code = torch.empty_like(self.W, dtype=torch.uint8) if bits else None
-        self.scales, self.zero_points = [], []
+        self.grids, self.group_of = [], [i // group for i in range(len(self.W))]               # (scale, zero) of each group
 
     def compress(self, start, end):
         """Columns start .. end: the errors go to the rest of the block at once, to all later columns in one product."""
@@ -231,13 +234,12 @@ class Columns:
 
     def quantize(self, i, q):
         """Column i to its grid. q (out,) -> (out,). A group's grid is fitted when its first column comes up."""
-        if i % self.group == 0:                            # every earlier error has reached these columns
-            scale, zero = fit_grid(self.W[i:i + self.group].T, self.bits, self.sym)
-            self.scales.append(scale)
-            self.zero_points.append(zero)
-        code = to_code(q, self.scales[-1], self.zero_points[-1], self.bits)
+        if self.group_of[i] == len(self.grids):            # every earlier error has reached these columns
+            self.grids.append(fit_grid(self.W[i:i + self.group].T, self.bits, self.sym))
+        scale, zero = self.grids[self.group_of[i]]
+        code = to_code(q, scale, zero, self.bits)
         self.code[i] = code
-        return code.sub_(self.zero_points[-1]).mul_(self.scales[-1])
+        return code.sub_(zero).mul_(scale)
 
     def choose_zeros(self, start, end):
         """Mark the weights of columns start .. end that become zero. [SparseGPT: mask selection]
@@ -253,22 +255,25 @@ class Columns:
             chosen = smallest(loss, round(self.sparsity * end * loss.shape[1]) - int(self.zeros[:start].sum()))
         self.zeros[start:end] |= chosen
 
-    def grid(self, order):
-        """The Grid of the finished matrix."""
-        return Grid(self.code.T.contiguous(), torch.stack(self.scales, 1).half(), torch.stack(self.zero_points, 1).byte(),
-                    self.group, self.bits, self.sym, order)
+    def grid(self, order, static_groups=False):
+        """The Grid of the finished matrix. Static groups stand as the columns of W do, so that no order is stored."""
+        scales, zeros = zip(*self.grids)
+        code = self.code.T if order is None or not static_groups else self.code.T[:, order.argsort()]
+        return Grid(code.contiguous(), torch.stack(scales, 1).half(), torch.stack(zeros, 1).byte(), self.group, self.bits,
+                    self.sym, None if static_groups else order)
 
 
-def gptq(W, H, bits=3, group_size=64, sym=False, act_order=False, percdamp=0.01, block_size=128, details=None):
+def gptq(W, H, bits=3, group_size=64, sym=False, act_order=False, percdamp=0.01, block_size=128, static_groups=False,
+         details=None):
     """GPTQ [GPTQ Alg. 1]. W (out, in), H (in, in) -> Q, same shape and dtype as W.
 
-    act_order: columns in descending order of diag H; groups are then consecutive in that order (their grids see current
-    weights, which fixed groups could not), at the price of storing the order. A singular H: damping is raised, then RTN, and
-    details["note"] says so.
+    act_order: columns in descending order of diag H; groups are then consecutive in that order, which has to be stored.
+    static_groups: all grids are fitted to W beforehand instead of to the current weights; groups stay where they are in W,
+    also under act_order. A singular H: damping is raised, then RTN, and details["note"] says so.
     """
     check(bits=bits, group_size=group_size, percdamp=percdamp, block_size=block_size)
     details = {} if details is None else details
-    Q = second_order(W, H, bits, group_size, sym, act_order, percdamp, block_size, details=details)
+    Q = second_order(W, H, bits, group_size, sym, act_order, percdamp, block_size, static_groups=static_groups, details=details)
     if Q is None:
         details["note"] = "singular Hessian: RTN"
         Q = rtn(W, bits, group_size, sym, details)
@@ -285,7 +290,8 @@ def sparsegpt(W, H, sparsity=0.5, pattern=None, percdamp=0.01, block_size=128, b
     if bits is not None:
         check(bits=bits, group_size=group_size)
     details = {} if details is None else details
-    Q = second_order(W, H, bits, group_size, sym, False, percdamp, block_size, None if pattern else sparsity, pattern, details)
+    Q = second_order(W, H, bits, group_size, sym, False, percdamp, block_size, None if pattern else sparsity, pattern,
+                     details=details)
     if Q is None:
         details["note"] = "singular Hessian: magnitude"
         Q = magnitude(W, sparsity, pattern)
@@ -344,7 +350,7 @@ def magnitude(W, sparsity=0.5, pattern=None, scope="layer", details=None):
 QUANT, SPARSE = ("bits", "group_size", "sym"), ("sparsity", "pattern")
 COMPRESSORS = {  # name -> (function, does it take H, the command-line settings it takes)
     "rtn": (rtn, False, QUANT),
-    "gptq": (gptq, True, QUANT + ("act_order", "percdamp")),
+    "gptq": (gptq, True, QUANT + ("act_order", "static_groups", "percdamp")),
     "magnitude": (magnitude, False, SPARSE + ("scope",)),
     "sparsegpt": (sparsegpt, True, SPARSE + ("percdamp",)),
     "sparsegpt_gptq": (functools.partial(sparsegpt, bits=3), True, SPARSE + QUANT + ("percdamp",)),
@@ -541,6 +547,7 @@ def add_compression_flags(parser):
     parser.add_argument("--group-size", type=int, default=64, help="columns that share a grid; -1: the whole row")
     parser.add_argument("--sym", action="store_true", help="symmetric grids, without zero points")
     parser.add_argument("--act-order", action="store_true", help="gptq: columns in descending order of diag H")
+    parser.add_argument("--static-groups", action="store_true", help="gptq: fit all grids to the original weights")
     parser.add_argument("--percdamp", type=float, default=0.01, help="damping, relative to the mean of diag H")
     parser.add_argument("--sparsity", type=float, default=None, help="share of zeros, 0 to below 1; 0.6 for the toy model, 0.5 for others")
     parser.add_argument("--pattern", default=None, help="N:M, keep N of every M inputs, for example 2:4; overrides --sparsity")

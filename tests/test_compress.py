@@ -220,6 +220,23 @@ def test_gptq_equals_brute_force(bits, group):
     assert torch.allclose(gptq(W, H, bits, group, block_size=16), brute_force(W, H, bits, group), atol=1e-9)
 
 
+@pytest.mark.parametrize("bits, group", [(2, 16), (3, 48), (4, 20)])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_static_groups(bits, group, act_order):
+    """The grids are RTN's own, whatever the order and the block; the order is not stored; blocks do not matter."""
+    W, X, H = problem(dtype=torch.float64)
+    H[:, 5] *= 3                                           # so that act-order moves columns between groups
+    H[5] *= 3
+    settings, rounded, details = dict(bits=bits, group_size=group, static_groups=True, act_order=act_order), {}, {}
+    Q = gptq(W, H, **settings, details=details)
+    rtn(W, bits, group, details=rounded)
+    assert torch.equal(details["grid"].scale, rounded["grid"].scale) and torch.equal(details["grid"].zero, rounded["grid"].zero)
+    assert details["grid"].order is None and torch.allclose(details["grid"].dequantize().double(), Q, atol=1e-6)
+    assert torch.allclose(gptq(W, H, **settings, block_size=7), Q, atol=1e-9)
+    error = lambda Q: (((W - Q) @ H) * (W - Q)).sum()
+    assert error(Q) < error(rtn(W, bits, group))
+
+
 @pytest.mark.parametrize("settings", [dict(pattern="2:4"), dict(pattern="4:8"), dict(sparsity=0.5), dict(sparsity=0.7),
                                       dict(pattern="2:4", bits=3, group_size=16),
                                       dict(sparsity=0.5, bits=3, group_size=16)], ids=str)
