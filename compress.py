@@ -472,6 +472,10 @@ def compress_model(model, tokenizer, name, calibration, device=None, grids=None,
     text can have it. Raises UserError for a name or a setting that does not exist or cannot work.
     """
     settings, start, layers = check_model(model, name, settings), time.time(), {}
+    window = getattr(model.config, "sliding_window", None)
+    if window and len(set(model.config.layer_types)) > 1 and calibration.shape[1] > window:
+        raise UserError(f"--seqlen {calibration.shape[1]}: this model has blocks with and without a sliding window, and the walk "
+                        f"gives all the same mask; use at most {window}")
     blocks, prefix, home = loading.blocks_of(model), loading.arch_of(model).blocks, model.device
     device = torch.device(device or home)
     hidden, kwargs = first_block_inputs(model, calibration, device)

@@ -537,3 +537,15 @@ def test_calibration_chunks():
     assert chunks.min() == 0 and chunks.max() == 29
     assert torch.equal(chunks, compress.calibration_ids(ids, 200, 7))
     assert not torch.equal(chunks, compress.calibration_ids(ids, 200, 7, seed=1))
+
+
+def test_mixed_windows_are_refused_beyond_the_window():
+    """Blocks with a sliding window next to blocks without: within the window their masks agree, beyond it they do not."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                         num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)).eval()
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match="at most 8"):
+        compress_model(model, None, "rtn", ids)
+    assert compress_model(model, None, "rtn", ids[:, :8])["compressor"] == "rtn"

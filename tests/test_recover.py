@@ -304,3 +304,46 @@ def test_the_command(method, tmp_path):
     assert (out / "results.md").read_text().strip() in result.stdout
     stored = [p for p in (out / "adapter").rglob("adapter_model.safetensors")]
     assert sum(t.numel() for p in stored for t in load_file(p).values()) == results["rows"][-1]["trainable_params"]
+
+
+def test_several_methods_share_one_table_and_lora_is_merged(tmp_path, capsys):
+    """One compression, one row a method, the merged rows: the same outputs unmerged and merged, a mask kept when asked."""
+    out = tmp_path / "run"
+    recover.main(["--method", "prompt,lora", "--merge", "--steps", "4", "--limit", "8", "--batch-size", "4", "--out", str(out)])
+    rows = {row["row"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert list(rows) == ["dense", "compressed", "prompt", "lora", "lora merged", "lora merged, masked"]
+    assert rows["lora merged"]["ppl"] == pytest.approx(rows["lora"]["ppl"], rel=1e-4)
+    assert rows["lora merged"]["weight_bytes"] == rows["dense"]["weight_bytes"] > rows["lora merged, masked"]["weight_bytes"]
+    assert rows["lora merged, masked"]["ppl"] != pytest.approx(rows["lora"]["ppl"], rel=1e-6)
+    assert sorted(path.name for path in (out / "adapter").iterdir()) == ["lora", "prompt"]
+
+
+def test_a_merged_weight_put_back_is_compressed_again():
+    """What --merge calls masked has the compressed weight's zeros; what it calls rounded lies on a grid of 2^bits points."""
+    import compress
+    run = recover.Run.__new__(recover.Run)
+    run.model, run.rows, seen = tiny_model("llama"), [], {}
+    layer = run.model.model.layers[0].self_attn.q_proj
+    for name, settings, Q in (("magnitude", {}, compress.magnitude(layer.weight, 0.5)),
+                              ("rtn", dict(bits=2, group_size=16, sym=False), compress.rtn(layer.weight, 2, 16))):
+        layer.weight.data = Q
+        method = LoRA(run.model, r=2, targets=["q_proj"])
+        for tensor in method.tensors().values():
+            nn.init.normal_(tensor)
+        run.args = argparse.Namespace(compression=(name, settings))
+        run.measure = lambda row, weight_bytes: seen.update({row: layer.weight.detach().clone()})
+        run.merge(method, 0)
+        assert torch.equal(layer.weight, Q)
+        if name == "magnitude":
+            assert (seen["lora merged, masked"][Q == 0] == 0).all() and (seen["lora merged"][Q == 0] != 0).any()
+        else:
+            assert all(len(group.unique()) <= 4 for row in seen["lora merged, rounded"] for group in row.split(16))
+            assert any(len(group.unique()) > 4 for row in seen["lora merged"] for group in row.split(16))
+
+
+def test_resume_of_a_finished_run_trains_no_more(tmp_path):
+    state = tmp_path / "s.safetensors"
+    first = fit(build("lora", tiny_model("llama")), 7, state_file=state)
+    again = build("lora", tiny_model("llama"), seed=5)
+    again.losses = None                                    # calling it would raise
+    assert fit(again, 7, state_file=state, resume=True)["loss"] == first["loss"]
