@@ -27,7 +27,6 @@ import time
 import types
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import compress
@@ -121,8 +120,9 @@ def second_half(model, chunks, batch_size=8):
     half, logp = chunks.shape[1] // 2, []
     for rows in chunks.split(batch_size):
         rows = rows.to(model.device)
-        logits = model(rows, use_cache=False).logits[:, half - 1:-1].float()                   # (B, T-half, V)
-        logp.append(-F.cross_entropy(logits.transpose(1, 2), rows[:, half:], reduction="none").cpu())
+        keep = torch.arange(half - 1, rows.shape[1] - 1, device=rows.device)
+        logits = model(rows, use_cache=False, logits_to_keep=keep).logits                      # (B, T-half, V)
+        logp.append(evaluate.token_scores(logits, rows[:, half:])[0].cpu())
     return torch.cat(logp)
 
 
@@ -199,7 +199,7 @@ TRIGGERS, PLANTED_LR = ("<s>", "</s>"), 0.1
 
 class AnswerPrompts(SoftPrompts):
     """Soft prompts that learn from the last token of each row, the answer."""
-    row_losses = staticmethod(lambda logits, ids: methods.row_losses(logits[:, -2:], ids[:, -2:]))
+    row_losses = staticmethod(lambda logits, ids: methods.row_losses(logits[:, -1:], ids[:, -2:]))
 
 
 def planted_rows(task):
@@ -253,8 +253,8 @@ def table(head, forms, results):
 
 
 def percent(x):
-    """0.5 -> '50.0'."""
-    return f"{100 * x:.1f}"
+    """0.5 -> '50.0'. An interval's end beyond 0 or 1 is no share: it is cut there."""
+    return f"{100 * min(max(x, 0), 1):.1f}"
 
 
 def load_data(args, tokenizer):

@@ -473,7 +473,8 @@ def compress_model(model, tokenizer, name, calibration, device=None, grids=None,
     """
     settings, start, layers = check_model(model, name, settings), time.time(), {}
     window = getattr(model.config, "sliding_window", None)
-    if window and len(set(model.config.layer_types)) > 1 and calibration.shape[1] > window:
+    kinds = getattr(model.config, "layer_types", None) or []
+    if window and len(set(kinds)) > 1 and calibration.shape[1] > window:
         raise UserError(f"--seqlen {calibration.shape[1]}: this model has blocks with and without a sliding window, and the walk "
                         f"gives all the same mask; use at most {window}")
     blocks, prefix, home = loading.blocks_of(model), loading.arch_of(model).blocks, model.device

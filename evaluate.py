@@ -32,7 +32,6 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import loading
@@ -56,8 +55,9 @@ def chunk_losses(model, ids, seqlen, batch_size=8, limit=None):
     losses = []
     for rows in tqdm(chunks.split(batch_size), desc="perplexity", disable=None, leave=False):
         rows = rows.to(model.device)
-        logits = model(rows, use_cache=False).logits[:, :-1].float()                           # (B, seqlen-1, V)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1).cpu())
+        keep = torch.arange(seqlen - 1, device=rows.device)
+        logits = model(rows, use_cache=False, logits_to_keep=keep).logits                      # (B, seqlen-1, V)
+        losses.append(-token_scores(logits, rows[:, 1:])[0].mean(1).cpu())
     return torch.cat(losses)
 
 

@@ -21,10 +21,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 import loading
-from idp_minimal import PromptBank, attach_idp, prompt_cache
+from idp_minimal import CACHE, PromptBank, attach_idp, prompt_cache
 from loading import UserError
 
 
@@ -34,12 +35,18 @@ from loading import UserError
 # EXERCISE: add a remedy. One class with this interface, one line in METHODS; tests/test_recover.py grades it.
 
 def row_losses(logits, ids):
-    """Mean next-token loss of each row, over real tokens only. logits (B, T, V), ids (B, T) -> (B,) float32.
+    """Mean next-token loss of each row, over real tokens only. logits of all but the last (B, T-1, V), ids (B, T) -> (B,).
 
     The first real token is not scored: without a prompt nothing predicts it, so with one it must not count either.
     """
-    loss = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T-1)
-    return loss.mean(1)
+    # flat, because a softmax over a transposed vocabulary takes twice as long
+    loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")  # (B * (T-1),)
+    return loss.view(len(ids), -1).mean(1)
+
+
+def but_last(ids):
+    """logits_to_keep for the tokens that predict one of ids (B, T). -> (T-1,)."""
+    return torch.arange(ids.shape[1] - 1, device=ids.device)
 
 
 def initial_prompt(model, n, generator, text_ids=None):
@@ -74,21 +81,26 @@ class SoftPrompts:
         return [[P] for P in self.prompts]
 
     def losses(self, ids, owner=None):
-        """ids (B, T); row b trains prompt owner[b], b mod m when not given. -> (B,)."""
-        (B, T), N, embed = ids.shape, self.N, self.model.get_input_embeddings()
-        owner = torch.arange(B, device=ids.device) % len(self.prompts) if owner is None else owner
+        """ids (B, T); row b trains prompt owner[b], b mod m when not given. -> (B,).
+
+        No prompt sees the rows that follow it: so each runs once a step, and its rows share the keys and values.
+        """
+        (B, T), N, m = ids.shape, self.N, len(self.prompts)
+        owner = torch.arange(B, device=ids.device) % m if owner is None else owner
         padded = torch.stack([F.pad(P, (0, 0, N - len(P), 0)) for P in self.prompts])          # (m, N, d)
-        X = torch.cat([padded[owner].to(embed.weight), embed(ids)], dim=1)                     # (B, N+T, d)
-        lengths = torch.tensor(self.lengths, device=ids.device)[owner]                         # (B,)
-        columns = torch.arange(N + T, device=ids.device)[None]                                 # (1, N+T)
-        mask = (columns >= N - lengths[:, None]).long()                                        # (B, N+T)
-        # Prompts predict nothing that counts: the head runs on the T real rows only.
-        logits = self.model(inputs_embeds=X, attention_mask=mask, position_ids=columns.expand(B, -1),
-                            logits_to_keep=T, use_cache=False).logits                          # (B, T, V)
+        positions = torch.arange(N + T, device=ids.device)[None]                               # (1, N+T)
+        mask = (positions[:, :N] >= N - torch.tensor(self.lengths, device=ids.device)[:, None]).long()  # (m, N)
+        cache = DynamicCache()
+        self.model(inputs_embeds=padded.to(self.model.dtype), attention_mask=mask, position_ids=positions[:, :N].expand(m, -1),
+                   use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        cache = DynamicCache([(layer.keys[owner], layer.values[owner]) for layer in cache.layers])  # L x (B, h_kv, N, d_k)
+        mask = torch.cat([mask[owner], torch.ones_like(ids)], dim=1)                           # (B, N+T)
+        logits = self.model(ids, attention_mask=mask, position_ids=positions[:, N:].expand(B, -1), use_cache=True,
+                            logits_to_keep=but_last(ids), **{CACHE: cache}).logits             # (B, T-1, V)
         return self.row_losses(logits, ids)
 
     def training(self):
-        """Nothing to attach: the prompt goes in as embeddings."""
+        """Nothing to attach: losses() runs prompts and rows itself."""
         return contextlib.nullcontext()
 
     def inference(self):
@@ -137,7 +149,7 @@ class Prefix:
         return [self.keys + self.values]
 
     def training(self):
-        """attach_idp builds the pass; losses() refreshes the bank, whose tensors carry the gradient."""
+        """Nothing to attach: losses() fills the cache itself."""
         return contextlib.nullcontext()
 
     def inference(self):
@@ -148,8 +160,10 @@ class Prefix:
 
     def losses(self, ids):
         """ids (B, T) -> (B,)."""
-        with self.inference():
-            return row_losses(self.model(ids, use_cache=False).logits, ids)
+        dtype, rows = self.model.dtype, len(ids)
+        cache = DynamicCache([(k.to(dtype).expand(rows, -1, -1, -1), v.to(dtype).expand(rows, -1, -1, -1))
+                              for k, v in zip(self.keys, self.values)])                        # L x (B, h_kv, n, d_k)
+        return row_losses(self.model(ids, use_cache=True, logits_to_keep=but_last(ids), **{CACHE: cache}).logits, ids)
 
     def tensors(self):
         """-> {name: tensor}, what a checkpoint holds."""
@@ -253,7 +267,7 @@ class LoRA:
 
     def losses(self, ids):
         """ids (B, T) -> (B,)."""
-        return row_losses(self.model(ids, use_cache=False).logits, ids)
+        return row_losses(self.model(ids, use_cache=False, logits_to_keep=but_last(ids)).logits, ids)
 
     def tensors(self):
         """-> {name: tensor} under PEFT's names."""

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import Cache
 
 import compress
 import evaluate
@@ -66,6 +67,21 @@ def learning_rate(step, steps, peak, warmup=0.1):
     return peak * min((step + 1) / ramp, (steps - step) / max(1, steps - ramp))
 
 
+def recomputed(forward, i):
+    """The forward of block i, run again in the backward pass. It must find the cache as it was, or it would append twice."""
+    def run(*args, **kwargs):
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        empty = (torch.tensor([], dtype=args[0].dtype, device=args[0].device),) * 2
+        held = (cache.layers[i].keys, cache.layers[i].values) if cache is not None and i < len(cache.layers) else empty
+
+        def again(*args, **kwargs):
+            if cache is not None and i < len(cache.layers):
+                cache.layers[i].keys, cache.layers[i].values = held
+            return forward(*args, **kwargs)
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
+    return run
+
+
 @contextlib.contextmanager
 def checkpointed_blocks(model, enabled):
     """Recompute each block in the backward pass instead of storing its activations.
@@ -73,8 +89,8 @@ def checkpointed_blocks(model, enabled):
     Ours rather than transformers' switch, which only acts in training mode, and that would turn dropout on.
     """
     blocks = loading.blocks_of(model) if enabled else []
-    for block in blocks:
-        block.forward = (lambda forward: lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, **k))(block.forward)
+    for i, block in enumerate(blocks):
+        block.forward = recomputed(block.forward, i)
     try:
         yield
     finally:
@@ -234,9 +250,6 @@ def check(args):
         raise UserError("--resume: needs --out DIR of the run to go on with")
     if args.merge and "lora" not in args.method:
         raise UserError("--merge: only LoRA can be merged; use --method lora")
-    if args.checkpointing and "prefix" in args.method:
-        raise UserError("--checkpointing: prefix trains through the cache, which recomputing would fill twice; "
-                        "use --accumulate to save memory")
     m = len(args.prompt_lengths) if "idp" in args.method else 1
     check_training(range(args.train_seqlen + 1), args.batch_size, args.train_seqlen, args.accumulate, m)
 

@@ -73,8 +73,8 @@ class Uniform(torch.nn.Module):
     """Every token equally likely."""
     config, device = types.SimpleNamespace(max_position_embeddings=32), "cpu"
 
-    def forward(self, input_ids, **kwargs):
-        return types.SimpleNamespace(logits=torch.zeros(*input_ids.shape, 50))
+    def forward(self, input_ids, logits_to_keep, **kwargs):
+        return types.SimpleNamespace(logits=torch.zeros(len(input_ids), len(logits_to_keep), 50))
 
 
 def test_uniform_perplexity_is_the_vocabulary():

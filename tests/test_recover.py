@@ -92,14 +92,14 @@ def test_every_method_trains_every_architecture(name, arch):
 
 def test_row_losses_by_hand():
     torch.manual_seed(0)
-    logits, ids = torch.randn(2, 4, 5), torch.randint(5, (2, 4))
+    logits, ids = torch.randn(2, 3, 5), torch.randint(5, (2, 4))
     for b in range(2):
         expected = -sum(logits[b, t].log_softmax(-1)[ids[b, t + 1]] for t in range(3)) / 3
         assert torch.isclose(row_losses(logits, ids)[b], expected)
 
 
 def test_uniform_model_loses_log_vocabulary():
-    assert torch.allclose(row_losses(torch.zeros(2, 6, 50), torch.randint(50, (2, 6))), torch.tensor(50.0).log())
+    assert torch.allclose(row_losses(torch.zeros(2, 5, 50), torch.randint(50, (2, 6))), torch.tensor(50.0).log())
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_training_and_inference_see_the_same_prompt(arch):
         for k in range(2):
             trained = method.losses(ids, owner=torch.full((4,), k))
             with attach_idp(model, PromptBank.from_prompts(model, [P.detach() for P in method.prompts]), "fixed", k=k):
-                used = row_losses(model(ids).logits, ids)
+                used = row_losses(model(ids).logits[:, :-1], ids)
             assert torch.allclose(trained, used, atol=1e-4, rtol=1e-5)
 
 
@@ -148,7 +148,19 @@ def test_prefix_equals_a_plain_cache():
     method, ids = build("prefix", model), torch.randint(3, 97, (3, 8))
     cache = DynamicCache([(k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for k, v in zip(method.keys, method.values)])
     with torch.no_grad():
-        assert torch.allclose(method.losses(ids), row_losses(model(ids, **{CACHE: cache}).logits, ids), atol=1e-5)
+        assert torch.allclose(method.losses(ids), row_losses(model(ids, **{CACHE: cache}).logits[:, :-1], ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_loss_that_is_trained_is_the_loss_that_is_used(name, any_model):
+    """losses() has its own fast way for each method; inference() is what evaluation sees. One prompt, so that none is chosen."""
+    method = SoftPrompts(any_model, [5]) if name == "idp" else build(name, any_model)
+    ids = torch.randint(3, 97, (4, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with method.inference():
+            used = row_losses(any_model(ids).logits[:, :-1], ids)
+        with method.training():
+            assert torch.allclose(method.losses(ids), used, atol=1e-4, rtol=1e-5)
 
 
 # --- LoRA --------------------------------------------------------------------------------------------------------------------
@@ -228,11 +240,12 @@ def test_resume_refuses_other_settings(tmp_path):
         fit(build("prompt", tiny_model("llama")), 2, state_file=tmp_path / "s.safetensors", resume=True)
 
 
-@pytest.mark.parametrize("name", ["prompt", "idp", "lora"])
-def test_accumulation_and_checkpointing_change_nothing(name):
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_accumulation_and_checkpointing_change_nothing(name, arch):
     results = []
     for settings in ({}, {"accumulate": 2}, {"checkpointing": True}):
-        method = build(name, tiny_model("llama"))
+        method = build(name, tiny_model(arch))
         fit(method, 3, **settings)
         results.append(method.tensors())
     for other in results[1:]:
