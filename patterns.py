@@ -154,6 +154,9 @@ def read_settings(adapters, model):
         if differing:
             raise UserError(f"--adapter {folder}: not the same compressed model as {adapters[0]} ({'; '.join(differing)}); "
                             "give runs of the same compression")
+    if pathlib.Path(model, "compression.json").exists():
+        raise UserError(f"--model {model}: is compressed already, so that there is no dense model to compare with; recover from the "
+                        "dense model, as in recover.py --model toy")
     if runs[0]["model"] != model:
         raise UserError(f"--model {model}: the runs recovered {runs[0]['model']}; use --model {runs[0]['model']}")
     return runs[0]

@@ -146,8 +146,13 @@ def test_mistakes(runs, tmp_path):
     other = tmp_path / "other"
     loading.write_json(other / "results.json", {"settings": {**SETTINGS, "compression": ["rtn", {"bits": 3}]}, "rows": []})
     (other / "adapter").mkdir()
+    compressed = str(tmp_path / "compressed")
+    loading.write_json(tmp_path / "compressed" / "compression.json", {})
+    loading.write_json(tmp_path / "again" / "results.json", {"settings": {**SETTINGS, "model": compressed}, "rows": []})
+    (tmp_path / "again" / "adapter").mkdir()
     run = ["--patterns", "--out", str(tmp_path / "out"), "--eval-seqlen", "16"]
     for flags, words in [
+            (["--adapter", str(tmp_path / "again" / "adapter"), "--model", compressed], "--model.*compressed already"),
             (["--adapter", idp, "--adapter", str(other / "adapter")], "--adapter.*not the same compressed model.*rtn"),
             (["--adapter", str(tmp_path / "nowhere")], "--adapter.*results.json"), (["--adapter", idp, "--adapter", idp], "--adapter.*two are named idp"),
             (["--adapter", idp, "--model", "smollm2"], "--model smollm2.*use --model toy"), ([], "--patterns: needs --adapter"),
