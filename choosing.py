@@ -133,6 +133,23 @@ def score(model, tokenizer, rows, chunks, bank=None, k=0):
         return [torch.tensor(a) for a in answers], None if chunks is None else second_half(model, chunks)
 
 
+@torch.no_grad()
+def prompt_losses(model, bank, input_ids, attention_mask, labels=None, **options):
+    """Mean next-token loss of every sequence under every prompt, for attach_idp(..., "oracle", loss=...). -> (B, m) float32.
+
+    labels: (B, T), -100 where a token does not count; the real tokens themselves when absent.
+    """
+    labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
+    losses = []
+    for k in range(bank.m):
+        with attach_idp(model, bank, "fixed", k=k, **options):
+            logits = model(input_ids, attention_mask=attention_mask).logits[:, :-1]            # (B, T-1, V)
+        counts = labels[:, 1:] != -100
+        logp = evaluate.token_scores(logits, labels[:, 1:].clamp(min=0))[0] * counts           # (B, T-1)
+        losses.append(-logp.sum(1) / counts.sum(1))
+    return torch.stack(losses, dim=1)
+
+
 class Scores:
     """Answers and text under each of several prompts. answers: n tensors (m, choices); text: (m, C, T')."""
 

@@ -161,7 +161,7 @@ def fixed_choice(A, real, owner, k=0):
 
 
 def oracle_choice(A, real, owner, loss=None):
-    """Upper bound, for analysis: the prompt with the lowest loss on the answer itself. loss: (B, m)."""
+    """Upper bound, for analysis: the lowest loss on the answer itself. loss: (B, m), see choosing.py:prompt_losses."""
     return -loss.to(A)
 
 
@@ -208,7 +208,7 @@ def choose_prompt(call, module, query, key, scaling):
     idp, bank = call.idp, call.idp.bank
     K_prompts = bank.keys[module.layer_idx].transpose(1, 2)[bank.valid].transpose(0, 1)        # (h_kv, S, d_k)
     A = attention_to_prompts(module, query, key, K_prompts, call.mask[..., bank.N:], scaling)  # (B, h, T, S)
-    idp.scores = idp.select(A, call.real, bank.owner)                                          # (B, m)
+    idp.scores = idp.rule(A, call.real, bank.owner, **idp.options)                             # (B, m)
     # choice = argmax_k s_k; NOT IN PAPER: a tie goes to the lowest k, so that runs repeat
     idp.choice = call.choice = idp.scores.argmax(1)                                            # (B,)
     call.mask[..., :bank.N] = bank.valid[call.choice][:, None, None]                           # hide a short prompt's padding
@@ -236,10 +236,6 @@ class IDP:
     def __init__(self, bank, selector, attention, options):
         self.bank, self.rule, self.attention, self.options = bank, selector, attention, options
         self.choice = self.scores = None
-
-    def select(self, A, real, owner):
-        """The selector with its options. -> (B, m)."""
-        return self.rule(A, real, owner, **self.options)
 
     def before_forward(self, model, args, kwargs):
         """Forward pre-hook: make room for N prompt columns in cache, mask and positions. Prompts add no rows."""
@@ -341,22 +337,6 @@ def attach_idp(model, bank, selector="mean_attention", attention="sdpa", **optio
         for hook in hooks:
             hook.remove()
         model.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def prompt_losses(model, bank, input_ids, attention_mask, labels=None, **options):
-    """Mean next-token loss of every sequence under every prompt, for the oracle. -> (B, m) float32.
-
-    labels: (B, T), -100 where a token does not count; the real tokens themselves when absent.
-    """
-    labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
-    losses = []
-    for k in range(bank.m):
-        with attach_idp(model, bank, "fixed", k=k, **options):
-            logits = model(input_ids, attention_mask=attention_mask).logits[:, :-1].float()    # (B, T-1, V)
-        loss = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")        # (B, T-1), 0 at -100
-        losses.append(loss.sum(1) / (labels[:, 1:] != -100).sum(1))
-    return torch.stack(losses, dim=1)
 
 
 # --- 5. The slow, obvious version: choose first, then run only that prompt -------------------------------------------------

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from choosing import prompt_losses
 from conftest import ROOT, tiny_model
 from idp_minimal import (CACHE, SELECTORS, PromptBank, attach_idp, attention_to_prompts, idp_reference, prompt_cache,
-                         prompt_losses, reference_choice)
+                         reference_choice)
 
 LENGTHS = (3, 5, 8)
 
