@@ -388,7 +388,7 @@ def parse(argv=None):
     parser.add_argument("--patterns", action="store_true", help="what each --adapter does inside: attention, hidden states, figure")
     parser.add_argument("--latency", action="store_true", help="measure what each remedy costs instead of what it gives")
     parser.add_argument("--shape", default=None, help="latency: random weights at this shape: llama-7b | opt-6.7b | smollm2-135m")
-    parser.add_argument("--lengths", type=lambda text: [int(t) for t in text.split(",")], default=[128, 512],
+    parser.add_argument("--lengths", type=lambda text: [int(t) for t in text.split(",")], default=[128, 256],
                         help="latency: input lengths")
     parser.add_argument("--prompt-length", type=int, default=16, help="latency: tokens of every prompt")
     parser.add_argument("--decode-tokens", type=int, default=8, help="latency: decoded tokens per repeat")
