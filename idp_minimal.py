@@ -53,9 +53,11 @@ class PromptBank:
         device = self.keys[0].device
         self.m, self.N = len(self.lengths), max(self.lengths)
         lengths = torch.tensor(self.lengths, device=device)
-        # valid: (m, N) True where a column holds a prompt token; owner: (S,) the prompt of each of all S prompt tokens
+        # valid: (m, N) True where a column holds a prompt token; tokens: (S,) where those stand when (m, N) is flat;
+        # owner: (S,) the prompt of each. All three are made once, and owner stays on the CPU, so that no pass makes a GPU wait.
         self.valid = torch.arange(self.N, device=device) >= self.N - lengths[:, None]
-        self.owner = torch.arange(self.m, device=device).repeat_interleave(lengths)
+        self.tokens = self.valid.flatten().nonzero()[:, 0]
+        self.owner = torch.arange(self.m).repeat_interleave(lengths.cpu())
 
     @classmethod
     @torch.no_grad()
@@ -133,7 +135,7 @@ def mean_attention(A, real, owner):
 
 def total_attention(A, real, owner):
     """s_k = n_k times the mean: the sum over the prompt's tokens, which favours long prompts."""
-    return mean_attention(A, real, owner) * torch.bincount(owner)
+    return mean_attention(A, real, owner) * torch.bincount(owner).to(A.device)
 
 
 def max_attention(A, real, owner):
@@ -206,7 +208,7 @@ def choose_prompt(call, module, query, key, scaling):
     query (B, h, T, d_k), key (B, h_kv, T, d_k): the input alone. Sets call.choice, idp.scores, idp.choice.
     """
     idp, bank = call.idp, call.idp.bank
-    K_prompts = bank.keys[module.layer_idx].transpose(1, 2)[bank.valid].transpose(0, 1)        # (h_kv, S, d_k)
+    K_prompts = bank.keys[module.layer_idx].transpose(1, 2).flatten(0, 1)[bank.tokens].transpose(0, 1)  # (h_kv, S, d_k)
     A = attention_to_prompts(module, query, key, K_prompts, call.mask[..., bank.N:], scaling)  # (B, h, T, S)
     idp.scores = idp.rule(A, call.real, bank.owner, **idp.options)                             # (B, m)
     # choice = argmax_k s_k; NOT IN PAPER: a tie goes to the lowest k, so that runs repeat
@@ -300,11 +302,11 @@ def visible(real, past, prompt):
     """Who may see whom: prompt columns as given, then real tokens up to oneself.
 
     real (B, past + T) bool, prompt (B, N) bool -> (B, 1, T, N + past + T) bool, or None when one token sees everything,
-    which lets the kernel skip masking while decoding.
+    which lets the kernel skip masking while decoding. Only the CPU looks for that: a GPU would have to wait for the answer.
     """
     B, total = real.shape
     T = total - past
-    if T == 1 and past > 0 and bool(real.all()) and bool(prompt.all()):
+    if T == 1 and past > 0 and real.device.type == "cpu" and bool(real.all()) and bool(prompt.all()):
         return None
     causal = torch.ones(T, total, dtype=torch.bool, device=real.device).tril(past)             # (T, past + T)
     tokens = causal[None, None] & real[:, None, None]                                          # (B, 1, T, past + T)
