@@ -54,7 +54,7 @@ class PromptBank:
         self.m, self.N = len(self.lengths), max(self.lengths)
         lengths = torch.tensor(self.lengths, device=device)
         # valid: (m, N) True where a column holds a prompt token; tokens: (S,) where those stand when (m, N) is flat;
-        # owner: (S,) the prompt of each. All three are made once, and owner stays on the CPU, so that no pass makes a GPU wait.
+        # owner: (S,) the prompt of each. All three are made once, and owner stays on the CPU, so that no pass reads them back.
         self.valid = torch.arange(self.N, device=device) >= self.N - lengths[:, None]
         self.tokens = self.valid.flatten().nonzero()[:, 0]
         self.owner = torch.arange(self.m).repeat_interleave(lengths.cpu())

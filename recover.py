@@ -35,7 +35,7 @@ import evaluate
 import loading
 from idp_minimal import SELECTORS
 from loading import UserError
-from methods import METHODS, LoRALinear, load_adapter, put_back, snapshot    # noqa: F401, courses take the middle two from here
+from methods import METHODS, LoRALinear, put_back, snapshot    # noqa: F401, courses take LoRALinear from here
 
 
 # NOT IN PAPER: the peak learning rates. For the toy, within 0.01 of the lowest perplexity of `python sweep.py rates`, the same
