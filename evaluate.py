@@ -358,12 +358,12 @@ def format_table(rows):
 
 def write_results(out, command, settings, device, seconds, rows):
     """results.json, results.md and items.json (what each chunk and question gave), each whole or not at all."""
-    out, items = pathlib.Path(out), {row["row"]: row.pop("items") for row in rows}
-    loading.write_json(out / "items.json", items)
+    out = pathlib.Path(out)
+    loading.write_json(out / "items.json", {row["row"]: row["items"] for row in rows})
     loading.write_text(out / "results.md", format_table(rows) + "\n")
     loading.write_json(out / "results.json", {
         "command": command, "settings": settings, "versions": loading.versions(), "device": loading.device_name(device),
-        "seconds": round(seconds, 1), "rows": rows})
+        "seconds": round(seconds, 1), "rows": [{key: value for key, value in row.items() if key != "items"} for row in rows]})
 
 
 def command_line():

@@ -6,8 +6,11 @@
 
 Flags are recover.py's: --model, --text, --tasks, --limit, --steps, --seed and so on. All rows of a table share the model,
 the calibration tokens, the training tokens in their order, and the test items, so that they compare pair by pair
-(evaluate.py --compare). With --out: results.json, results.md, items.json, and sizes.png.
+(evaluate.py --compare). With --out: results.json, results.md, items.json, written after every row, and sizes.png. A sweep
+that was cut off, or that should get more rows, goes on with --resume.
 """
+import json
+import pathlib
 import time
 
 import torch
@@ -32,6 +35,49 @@ COMPRESSIONS = (  # (compressor, settings)
     + [(name, dict(pattern="2:4")) for name in ("magnitude", "sparsegpt")])
 
 
+class Sweep(recover.Run):
+    """A run whose rows are on disk as soon as they are measured; with --resume, those are not measured again."""
+
+    def __init__(self, args):
+        self.out, args.out = args.out, None                # no checkpoint of the training: a row is short
+        kept = rows_in(self.out, args) if args.resume else []
+        super().__init__(args)
+        self.rows += kept
+
+    def has(self, name):
+        """Is that row there already?"""
+        return any(row["row"] == name for row in self.rows)
+
+    def measure(self, name, *args, **kwargs):
+        """One row more, and all of them on disk."""
+        if not self.has(name):
+            super().measure(name, *args, **kwargs)
+            if self.out:
+                evaluate.write_results(self.out, evaluate.command_line(), {**vars(self.args), "out": self.out}, self.device,
+                                       time.time() - self.start, self.rows)
+
+    def recover(self, name, weight_bytes, row):
+        """Train and measure, unless that row is there."""
+        if not self.has(row):
+            super().recover(name, weight_bytes, row)
+
+
+FREE = ("method", "only", "rates", "resume", "out", "lr", "prompt_length", "prompt_lengths", "rank")  # may differ between parts
+
+
+def rows_in(out, args):
+    """The rows that an earlier part of this sweep left. -> list of rows; raises UserError if it had other settings."""
+    path = pathlib.Path(out, "results.json")
+    if not path.exists():
+        return []
+    before, items = json.loads(path.read_text()), json.loads(path.with_name("items.json").read_text())
+    now = json.loads(json.dumps(vars(args)))
+    other = [name for name, value in now.items() if name not in FREE and before["settings"].get(name) != value]
+    if other:
+        raise loading.UserError(f"--resume: {out} was swept with other values of {' '.join(other)}; use the same flags or a new --out")
+    return [{**row, "items": items[row["row"]]} for row in before["rows"]]
+
+
 def compressed(run):
     """Compress as the flags say and append that row. -> bytes of the compressed weights."""
     report = run.compress()
@@ -40,10 +86,10 @@ def compressed(run):
 
 
 def rates(run):
-    """Every method at every rate of RATES. NOT IN PAPER: how the authors chose theirs."""
+    """Every method at every rate. NOT IN PAPER: how the authors chose theirs."""
     weight_bytes = compressed(run)
     for name in run.args.method:
-        for run.args.lr in RATES:
+        for run.args.lr in run.args.rates:
             run.recover(name, weight_bytes, f"{name}, lr {run.args.lr:g}")
 
 
@@ -66,6 +112,8 @@ def compressors(run):
     dense = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     ids = compress.calibration_ids(run.train_ids, run.args.nsamples, run.args.seqlen, run.args.seed)
     for name, settings in chosen:
+        if run.has(describe(name, settings)):
+            continue
         run.model.load_state_dict(dense)
         report = compress.compress_model(run.model, run.tokenizer, name, ids, **settings)
         report.pop("layers")
@@ -130,6 +178,8 @@ def parse(argv=None):
     parser.add_argument("sweep", choices=sorted(SWEEPS), help="which table")
     parser.add_argument("--only", type=lambda text: text.split(";"), default=[""],
                         help="compressors: rows whose name contains one of these, separated by ';', as in 'group 64;50 %%'")
+    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=list(RATES),
+                        help="rates: peak learning rates, comma-separated")
     parser.set_defaults(method=list(METHODS))
     return recover.parse(argv, parser)
 
@@ -138,18 +188,14 @@ def main(argv=None):
     """One sweep, one table."""
     args = parse(argv)
     torch.manual_seed(args.seed)
-    run, out = recover.Run(args), args.out
-    args.out = None                                        # no checkpoint per row: a sweep is short, or cut up by --method
+    run = Sweep(args)
     SWEEPS[args.sweep](run)
-    args.out = out
     print(evaluate.format_table(run.rows))
     if args.sweep == "compressors":
         print("\n" + compression_table(run.rows))
-    if out:
-        evaluate.write_results(out, evaluate.command_line(), vars(args), run.device, time.time() - run.start, run.rows)
-        if args.sweep == "sizes":
-            title = f"{args.model}, {describe(*args.compression)}, {args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens, 95 % intervals"
-            figure(run.rows, f"{out}/sizes.png", title)
+    if run.out and args.sweep == "sizes":
+        title = f"{args.model}, {describe(*args.compression)}, {args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens, 95 % intervals"
+        figure(run.rows, f"{run.out}/sizes.png", title)
 
 
 if __name__ == "__main__":
