@@ -32,7 +32,6 @@ from tqdm import tqdm
 import compress
 import evaluate
 import loading
-import methods
 import recover
 import toy_world
 from idp_minimal import SELECTORS, PromptBank, attach_idp, mean_attention
@@ -216,7 +215,7 @@ TRIGGERS, PLANTED_LR = ("<s>", "</s>"), 0.1
 
 class AnswerPrompts(SoftPrompts):
     """Soft prompts that learn from the last token of each row, the answer."""
-    row_losses = staticmethod(lambda logits, ids: methods.row_losses(logits[:, -1:], ids[:, -2:]))
+    counted = slice(-1, None)
 
 
 def planted_rows(task):

@@ -34,19 +34,46 @@ from loading import UserError
 # training() and inference() are context managers under which the model is trained or used; tensors() what is saved.
 # EXERCISE: add a remedy. One class with this interface, one line in METHODS; tests/test_recover.py grades it.
 
-def row_losses(logits, ids):
-    """Mean next-token loss of each row, over real tokens only. logits of all but the last (B, T-1, V), ids (B, T) -> (B,).
+class TokenLosses(torch.autograd.Function):
+    """Cross entropy of every token, from the last hidden states, a few tokens at a time.
 
-    The first real token is not scored: without a prompt nothing predicts it, so with one it must not count either.
+    (tokens, V) logits and their gradient would be the largest tensors of a step. The head is frozen, so a chunk's part of
+    d loss / d hidden is known as soon as its logits are, and nothing else has to be kept.
     """
-    # flat, because a softmax over a transposed vocabulary takes twice as long
-    loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")  # (B * (T-1),)
-    return loss.view(len(ids), -1).mean(1)
+    CHUNK = 128                                            # tokens
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head):
+        """hidden (tokens, d), targets (tokens,), head: a frozen linear layer d -> V. -> (tokens,) float32."""
+        losses, gradient = [], torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(hidden), TokenLosses.CHUNK):
+            rows, target = slice(i, i + TokenLosses.CHUNK), targets[i:i + TokenLosses.CHUNK, None]
+            logp = head(hidden[rows]).float().log_softmax(1)                                   # (chunk, V)
+            losses.append(-logp.gather(1, target)[:, 0])
+            if gradient is not None:
+                # d loss / d logits = softmax(logits) - onehot(target)
+                p = logp.exp_().scatter_add_(1, target, -torch.ones_like(losses[-1])[:, None])
+                gradient[rows] = p.to(head.weight.dtype) @ head.weight                         # (chunk, d)
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, given):
+        """given (tokens,): d result / d loss of each token."""
+        gradient, = ctx.saved_tensors
+        return gradient * given[:, None].to(gradient.dtype), None, None
 
 
-def but_last(ids):
-    """logits_to_keep for the tokens that predict one of ids (B, T). -> (T-1,)."""
-    return torch.arange(ids.shape[1] - 1, device=ids.device)
+def row_losses(model, ids, counted=slice(None), **kwargs):
+    """Mean next-token loss of each row of ids (B, T). -> (B,). counted: which of the T-1 tokens that follow another.
+
+    The first token is not scored: without a prompt nothing predicts it, so with one it must not count either. The last
+    predicts nothing, so it does not run. kwargs: mask, positions and cache of the first T-1.
+    """
+    hidden = model.base_model(ids[:, :-1], **kwargs).last_hidden_state[:, counted]             # (B, T-1, d)
+    targets = ids[:, 1:][:, counted]
+    losses = TokenLosses.apply(hidden.flatten(0, 1), targets.flatten(), model.get_output_embeddings())
+    return losses.view(targets.shape).mean(1)
 
 
 def initial_prompt(model, n, generator, text_ids=None):
@@ -69,7 +96,7 @@ class SoftPrompts:
     prompts learn separately, each on its own share of the data, in one pass. Equal training tokens for every m.
     """
     peft_type = "PROMPT_TUNING"
-    row_losses = staticmethod(row_losses)                  # which tokens count is for subclasses to change
+    counted = slice(None)                                  # tokens that count, of those after the first
 
     def __init__(self, model, lengths, seed=0, text_ids=None, selector="mean_attention"):
         generator = torch.Generator().manual_seed(seed)
@@ -88,16 +115,15 @@ class SoftPrompts:
         (B, T), N, m = ids.shape, self.N, len(self.prompts)
         owner = torch.arange(B, device=ids.device) % m if owner is None else owner
         padded = torch.stack([F.pad(P, (0, 0, N - len(P), 0)) for P in self.prompts])          # (m, N, d)
-        positions = torch.arange(N + T, device=ids.device)[None]                               # (1, N+T)
+        positions = torch.arange(N + T - 1, device=ids.device)[None]                           # (1, N+T-1)
         mask = (positions[:, :N] >= N - torch.tensor(self.lengths, device=ids.device)[:, None]).long()  # (m, N)
         cache = DynamicCache()
-        self.model(inputs_embeds=padded.to(self.model.dtype), attention_mask=mask, position_ids=positions[:, :N].expand(m, -1),
-                   use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        self.model.base_model(inputs_embeds=padded.to(self.model.dtype), attention_mask=mask, use_cache=True,
+                              position_ids=positions[:, :N].expand(m, -1), **{CACHE: cache})
         cache = DynamicCache([(layer.keys[owner], layer.values[owner]) for layer in cache.layers])  # L x (B, h_kv, N, d_k)
-        mask = torch.cat([mask[owner], torch.ones_like(ids)], dim=1)                           # (B, N+T)
-        logits = self.model(ids, attention_mask=mask, position_ids=positions[:, N:].expand(B, -1), use_cache=True,
-                            logits_to_keep=but_last(ids), **{CACHE: cache}).logits             # (B, T-1, V)
-        return self.row_losses(logits, ids)
+        mask = torch.cat([mask[owner], torch.ones_like(ids[:, 1:])], dim=1)                    # (B, N+T-1)
+        return row_losses(self.model, ids, self.counted, attention_mask=mask, use_cache=True,
+                          position_ids=positions[:, N:].expand(B, -1), **{CACHE: cache})
 
     def training(self):
         """Nothing to attach: losses() runs prompts and rows itself."""
@@ -163,7 +189,7 @@ class Prefix:
         dtype, rows = self.model.dtype, len(ids)
         cache = DynamicCache([(k.to(dtype).expand(rows, -1, -1, -1), v.to(dtype).expand(rows, -1, -1, -1))
                               for k, v in zip(self.keys, self.values)])                        # L x (B, h_kv, n, d_k)
-        return row_losses(self.model(ids, use_cache=True, logits_to_keep=but_last(ids), **{CACHE: cache}).logits, ids)
+        return row_losses(self.model, ids, use_cache=True, **{CACHE: cache})
 
     def tensors(self):
         """-> {name: tensor}, what a checkpoint holds."""
@@ -267,7 +293,7 @@ class LoRA:
 
     def losses(self, ids):
         """ids (B, T) -> (B,)."""
-        return row_losses(self.model(ids, use_cache=False, logits_to_keep=but_last(ids)).logits, ids)
+        return row_losses(self.model, ids, use_cache=False)
 
     def tensors(self):
         """-> {name: tensor} under PEFT's names."""

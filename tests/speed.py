@@ -63,7 +63,8 @@ def train(args):
     """A step on batch x seqlen tokens, loss and gradients: our methods against PEFT's on the same model."""
     import peft
     ids = torch.randint(1000, 2000, (args.batch_size, args.seqlen), generator=torch.Generator().manual_seed(args.seed))
-    configs = {"prompt of 32": (lambda model: methods.SoftPrompts(model, [32]), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=32)),
+    n = args.prompt_length
+    configs = {f"prompt of {n}": (lambda model: methods.SoftPrompts(model, [n]), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n)),
                "LoRA r 8": (lambda model: methods.LoRA(model), peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16))}
     for name, (build, config) in configs.items():
         method = build(loading.load_model(args.model, args.device, args.dtype)[0])
@@ -98,6 +99,7 @@ def main():
     parser.add_argument("--size", type=int, default=2048, help="gptq: rows and columns")
     parser.add_argument("--batch-size", type=int, default=4, help="train: rows")
     parser.add_argument("--seqlen", type=int, default=128, help="train: tokens per row")
+    parser.add_argument("--prompt-length", type=int, default=32, help="train: tokens of the prompt")
     parser.add_argument("--repeats", type=int, default=5, help="turns after the warm-up")
     args = parser.parse_args()
     args.device = str(loading.pick_device(args.device))

@@ -14,7 +14,7 @@ import recover
 from conftest import CONFIGS, ROOT, tiny_model
 from idp_minimal import CACHE, PromptBank, attach_idp
 from loading import UserError
-from methods import METHODS, LoRA, LoRALinear, SoftPrompts, load_adapter, row_losses
+from methods import METHODS, LoRA, LoRALinear, SoftPrompts, TokenLosses, load_adapter, row_losses
 from recover import batch_at, train
 
 ARGS = argparse.Namespace(prompt_length=4, prompt_lengths=[2, 4], selector="mean_attention", rank=2, alpha=4, targets=None)
@@ -30,6 +30,12 @@ def text(tokens=600, seed=0):
     """Learnable text: a few tokens that follow each other in a fixed order."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.arange(tokens) % 7 + 3 + torch.randint(0, 2, (tokens,), generator=generator)).long()
+
+
+def slow_losses(logits, ids):
+    """The twin of methods.row_losses: from the logits (B, T, V) of the whole row. -> (B,)."""
+    logp = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+    return -logp[..., 0].mean(1)
 
 
 def fit(method, steps=20, **settings):
@@ -90,16 +96,33 @@ def test_every_method_trains_every_architecture(name, arch):
     assert len(moved) == len(before), f"never moved: {set(before) - set(moved)}"
 
 
-def test_row_losses_by_hand():
+@pytest.mark.parametrize("tokens", [5, TokenLosses.CHUNK, 2 * TokenLosses.CHUNK + 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_token_losses_equal_cross_entropy_and_so_do_their_gradients(tokens, bias):
     torch.manual_seed(0)
-    logits, ids = torch.randn(2, 3, 5), torch.randint(5, (2, 4))
-    for b in range(2):
-        expected = -sum(logits[b, t].log_softmax(-1)[ids[b, t + 1]] for t in range(3)) / 3
-        assert torch.isclose(row_losses(logits, ids)[b], expected)
+    head, targets = nn.Linear(6, 50, bias=bias).double().requires_grad_(False), torch.randint(50, (tokens,))
+    hidden = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(tokens, dtype=torch.float64)      # rows count differently, as in an unequal batch
+    ours = TokenLosses.apply(hidden, targets, head)
+    gradient, = torch.autograd.grad((ours * weights).sum(), hidden)
+    slow = nn.functional.cross_entropy(head(hidden), targets, reduction="none")
+    assert torch.allclose(ours.double(), slow, atol=1e-5)
+    assert torch.allclose(gradient, torch.autograd.grad((slow * weights).sum(), hidden)[0], atol=1e-6)
 
 
 def test_uniform_model_loses_log_vocabulary():
-    assert torch.allclose(row_losses(torch.zeros(2, 5, 50), torch.randint(50, (2, 6))), torch.tensor(50.0).log())
+    head = nn.Linear(6, 50, bias=False).requires_grad_(False)
+    nn.init.zeros_(head.weight)
+    assert torch.allclose(TokenLosses.apply(torch.randn(9, 6), torch.randint(50, (9,)), head), torch.tensor(50.0).log())
+
+
+def test_which_tokens_count():
+    """counted picks among the tokens that follow another: of the last one alone, the loss is that token's."""
+    model, ids = tiny_model("llama"), torch.randint(3, 97, (3, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.allclose(row_losses(model, ids), slow_losses(logits, ids), atol=1e-5)
+        assert torch.allclose(row_losses(model, ids, slice(-1, None)), slow_losses(logits[:, -2:], ids[:, -2:]), atol=1e-5)
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------------------
@@ -113,7 +136,7 @@ def test_training_and_inference_see_the_same_prompt(arch):
         for k in range(2):
             trained = method.losses(ids, owner=torch.full((4,), k))
             with attach_idp(model, PromptBank.from_prompts(model, [P.detach() for P in method.prompts]), "fixed", k=k):
-                used = row_losses(model(ids).logits[:, :-1], ids)
+                used = slow_losses(model(ids).logits, ids)
             assert torch.allclose(trained, used, atol=1e-4, rtol=1e-5)
 
 
@@ -148,7 +171,7 @@ def test_prefix_equals_a_plain_cache():
     method, ids = build("prefix", model), torch.randint(3, 97, (3, 8))
     cache = DynamicCache([(k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for k, v in zip(method.keys, method.values)])
     with torch.no_grad():
-        assert torch.allclose(method.losses(ids), row_losses(model(ids, **{CACHE: cache}).logits[:, :-1], ids), atol=1e-5)
+        assert torch.allclose(method.losses(ids), slow_losses(model(ids, **{CACHE: cache}).logits, ids), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -158,7 +181,7 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_used(name, any_model):
     ids = torch.randint(3, 97, (4, 10), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with method.inference():
-            used = row_losses(any_model(ids).logits[:, :-1], ids)
+            used = slow_losses(any_model(ids).logits, ids)
         with method.training():
             assert torch.allclose(method.losses(ids), used, atol=1e-4, rtol=1e-5)
 
