@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import compress
+from compressors import COMPRESSORS, Grid
 from loading import DTYPES, UserError
 
 FILE = "packed.safetensors"
@@ -81,7 +82,7 @@ def unpack_matrix(tensors, shape, bits, group_size, sym):
     code = zero.repeat_interleave(group_size, dim=1)[:, :shape[1]].contiguous()                 # (out, in)
     code.masked_scatter_(mask, unpack_bits(tensors["codes"], bits, int(mask.sum())))
     order = tensors["order"].long() if "order" in tensors else None
-    return compress.Grid(code, scale, zero, group_size, bits, sym, order).dequantize()
+    return Grid(code, scale, zero, group_size, bits, sym, order).dequantize()
 
 
 # --- 3. A whole model --------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def save_packed(model, grids, report, folder):
 
     grids: {layer name: Grid or None}, as compress.py:compress_model fills it.
     """
-    prunes, tensors, layers = "sparsity" in compress.COMPRESSORS[report["compressor"]][2], {}, {}
+    prunes, tensors, layers = "sparsity" in COMPRESSORS[report["compressor"]][2], {}, {}
     for path, grid in grids.items():
         parts = pack_matrix(compress.weight_of(model.get_submodule(path)).cpu(), grid, prunes)
         tensors.update({f"{path}.{suffix}": tensor for suffix, tensor in parts.items()})

@@ -9,7 +9,8 @@ import torch.nn as nn
 
 import compress
 import loading
-from compress import COMPRESSORS, compress_model, fit_grid, gptq, hessians, magnitude, rtn, sparsegpt
+from compress import COMPRESSORS, compress_model, gptq, hessians, magnitude, rtn, sparsegpt
+from compressors import fit_grid
 from conftest import CONFIGS, ROOT, tiny_model
 from loading import UserError
 
