@@ -219,6 +219,7 @@ def add_compression_flags(parser):
     parser.add_argument("--bits", type=int, default=3, help="bits per weight, 2 to 8")
     parser.add_argument("--group-size", type=int, default=64, help="columns that share a grid; -1: the whole row")
     parser.add_argument("--sym", action="store_true", help="symmetric grids, without zero points")
+    parser.add_argument("--mse", action="store_true", help="fit grids by least squared error, clipping a few weights, instead of by min and max")
     parser.add_argument("--act-order", action="store_true", help="gptq: columns in descending order of diag H")
     parser.add_argument("--static-groups", action="store_true", help="gptq: fit all grids to the original weights")
     parser.add_argument("--percdamp", type=float, default=0.01, help="damping, relative to the mean of diag H")

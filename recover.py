@@ -33,6 +33,7 @@ from transformers import Cache
 import compress
 import evaluate
 import loading
+from compressors import QUANT
 from idp_minimal import SELECTORS
 from loading import UserError
 from methods import METHODS, LoRALinear, put_back, snapshot    # noqa: F401, courses take LoRALinear from here
@@ -314,7 +315,7 @@ class Run:
         if name in ("magnitude", "sparsegpt"):
             self.measure_merged(method, "lora merged, masked", weight_bytes, lambda Q: lambda W: W * (Q != 0))
         elif name in ("rtn", "gptq"):
-            settings = {key: settings[key] for key in ("bits", "group_size", "sym")}
+            settings = {key: settings[key] for key in QUANT}
             self.measure_merged(method, "lora merged, rounded", weight_bytes, lambda Q: lambda W: compress.rtn(W, **settings))
 
     def measure_merged(self, method, row, weight_bytes, recompress=None):

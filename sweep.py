@@ -31,6 +31,7 @@ SIZES = {  # method -> (flag of recover.py, its values): what makes the method l
 COMPRESSIONS = (  # (compressor, settings)
     [(name, dict(bits=bits, group_size=group, act_order=act_order)) for bits in (4, 3, 2) for group in (64, 128, -1)
      for name, act_order in (("rtn", False), ("gptq", False), ("gptq", True))]
+    + [(name, dict(bits=bits, group_size=64, mse=True)) for bits in (3, 2) for name in ("rtn", "gptq")]
     + [(name, dict(sparsity=sparsity)) for sparsity in (0.3, 0.5, 0.7) for name in ("magnitude", "sparsegpt")]
     + [(name, dict(pattern="2:4")) for name in ("magnitude", "sparsegpt")])
 
@@ -127,7 +128,7 @@ def describe(name, settings):
         parts.append(settings.get("pattern") or f"{100 * settings['sparsity']:.0f} %")
     if "bits" in settings:
         parts.append(f"{settings['bits']} bits, group {'row' if settings['group_size'] == -1 else settings['group_size']}")
-    return f"{name} " + ", ".join(parts + ["act-order"] * settings.get("act_order", False))
+    return f"{name} " + ", ".join(parts + [word for key, word in (("act_order", "act-order"), ("mse", "mse")) if settings.get(key)])
 
 
 SWEEPS = {"rates": rates, "sizes": sizes, "compressors": compressors}

@@ -1,6 +1,7 @@
 """Our functions against the fastest public ones we could install, in one run. Each needs its tool, which the project never needs.
 
     pip install llmcompressor && python tests/speed.py gptq                  # one 2048 x 2048 layer, 3 bits, group 128
+    python tests/speed.py gptq-model --model smollm2 --text wikitext2        # every layer of a model, 3 bits, group 64
     pip install peft && python tests/speed.py train --model smollm2          # a prompt-tuning step and a LoRA step
     pip install lm_eval && python tests/speed.py score --model smollm2 --tasks arc_easy --limit 100
 
@@ -37,26 +38,64 @@ def take_turns(sides, repeats):
           f"(median of {repeats}, {torch.get_num_threads()} threads)", flush=True)
 
 
-def gptq(args):
-    """One layer: our gptq() against llmcompressor's quantize_weight, which fits its grids to the original weights."""
+GRIDS = {  # our settings, and what llmcompressor calls its way of fitting grids, always to the original weights
+    "current groups": (dict(), "memoryless_minmax"),
+    "static groups": (dict(static_groups=True), "memoryless_minmax"),
+    "static groups, mse": (dict(static_groups=True, mse=True), "memoryless_mse"),
+    "current groups, mse": (dict(mse=True), "memoryless_mse"),
+}
+
+
+def llmcompressor_gptq(W, H, group, observer):
+    """llmcompressor's GPTQ, 3 bits. W (out, in), H (in, in) -> Q."""
     from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.utils import calculate_qparams
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+    from llmcompressor.observers import Observer
+    scheme = QuantizationArgs(num_bits=3, group_size=group, symmetric=False, strategy="group", observer=observer)
+    grid = Observer.load_from_registry(observer, base_name="weight", args=scheme)(W).get_qparams()
+    return quantize_weight(W[None].clone(), H[None].clone(), grid["scale"][None], grid["zero_point"][None], None, scheme,
+                           blocksize=128, percdamp=0.01)[0][0]
+
+
+def gptq(args):
+    """One layer: our gptq() against llmcompressor's."""
     n, group, generator = args.size, 128, torch.Generator().manual_seed(args.seed)
     mix = torch.randn(n, n, generator=generator) / n ** 0.5 * torch.logspace(0, -1.5, n)[:, None]
     X = torch.randn(4 * n, n, generator=generator) @ mix + 0.01 * torch.randn(4 * n, n, generator=generator)
     W, H = 0.02 * torch.randn(n, n, generator=generator), X.T @ X / len(X)
+    error = lambda Q: compress.relative_error(W, Q, H)
+    print(f"relative output error of RTN {error(compress.rtn(W, 3, group)):.5f}")
+    for name, (settings, observer) in GRIDS.items():
+        sides = {"ours": lambda: compress.gptq(W, H, 3, group, **settings), "llmcompressor": lambda: llmcompressor_gptq(W, H, group, observer)}
+        print(f"{name}: error ours {error(sides['ours']()):.5f}, llmcompressor {error(sides['llmcompressor']()):.5f};", end=" ")
+        take_turns(sides, args.repeats)
 
-    def theirs():
-        scheme = QuantizationArgs(num_bits=3, group_size=group, symmetric=False, strategy="group")
-        groups = W.view(n, -1, group)
-        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme)
-        return quantize_weight(W[None].clone(), H[None].clone(), scale[None], zero[None], None, scheme, blocksize=128, percdamp=0.01)[0][0]
-    for static in (False, True):
-        ours = lambda: compress.gptq(W, H, 3, group, static_groups=static)
-        print(f"relative output error: ours, {'static' if static else 'current'} groups {compress.relative_error(W, ours(), H):.5f}, "
-              f"theirs {compress.relative_error(W, theirs(), H):.5f}, RTN {compress.relative_error(W, compress.rtn(W, 3, group), H):.5f}")
-        take_turns({"ours": ours, "llmcompressor": theirs}, args.repeats)
+
+def gptq_model(args):
+    """Every linear layer of a model, in turns on the same W and H; the walk goes on with our first result."""
+    group, seconds, errors = 64, {}, {}
+
+    def timed(name, function, W, H):
+        start = time.perf_counter()
+        Q = function()
+        seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+        errors.setdefault(name, []).append(compress.relative_error(W, Q, H))
+        return Q
+
+    def every_side(W, H, details=None):
+        results = [timed(f"ours, {name}", lambda: compress.gptq(W, H, 3, group, **settings), W, H) for name, (settings, _) in GRIDS.items()]
+        for observer in ("memoryless_minmax", "memoryless_mse"):
+            timed(f"llmcompressor, {observer}", lambda: llmcompressor_gptq(W, H, group, observer), W, H)
+        return results[0]
+
+    compress.COMPRESSORS["every side"] = (every_side, True, ())
+    model, tokenizer = loading.load_model(args.model, args.device, args.dtype)
+    ids = compress.calibration_ids(loading.load_text(args.text, tokenizer, "train"), 32, 512, args.seed)
+    compress.compress_model(model, tokenizer, "every side", ids)
+    for name in seconds:
+        print(f"{name}: {seconds[name]:.1f} s, mean relative output error {statistics.mean(errors[name]):.5f} of {len(errors[name])} layers")
+    print(f"{torch.get_num_threads()} threads; ratios ours / llmcompressor: " + ", ".join(
+        f"{name} {seconds['ours, ' + name] / seconds['llmcompressor, ' + observer]:.3f}" for name, (_, observer) in GRIDS.items()))
 
 
 def train(args):
@@ -95,7 +134,7 @@ def main():
     """One comparison."""
     parser = loading.Parser(__doc__.splitlines()[0])
     loading.common_flags(parser)
-    parser.add_argument("what", choices=["gptq", "train", "score"], help="which comparison")
+    parser.add_argument("what", choices=["gptq", "gptq-model", "train", "score"], help="which comparison")
     parser.add_argument("--size", type=int, default=2048, help="gptq: rows and columns")
     parser.add_argument("--batch-size", type=int, default=4, help="train: rows")
     parser.add_argument("--seqlen", type=int, default=128, help="train: tokens per row")
@@ -103,7 +142,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="turns after the warm-up")
     args = parser.parse_args()
     args.device = str(loading.pick_device(args.device))
-    {"gptq": gptq, "train": train, "score": score}[args.what](args)
+    {"gptq": gptq, "gptq-model": gptq_model, "train": train, "score": score}[args.what](args)
 
 
 if __name__ == "__main__":

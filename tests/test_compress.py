@@ -10,7 +10,7 @@ import torch.nn as nn
 import compress
 import loading
 from compress import COMPRESSORS, compress_model, gptq, hessians, magnitude, rtn, sparsegpt
-from compressors import fit_grid
+from compressors import SHARES, fit_grid
 from conftest import CONFIGS, ROOT, tiny_model
 from loading import UserError
 
@@ -238,6 +238,34 @@ def test_static_groups(bits, group, act_order):
     assert error(Q) < error(rtn(W, bits, group))
 
 
+@pytest.mark.parametrize("bits, sym", [(2, False), (3, False), (3, True)])
+def test_mse_grids_are_the_best_of_their_shares(bits, sym):
+    """Row by row and share by share, the slow way; and most rows gain by clipping."""
+    W = problem(dtype=torch.float64)[0]
+    W[0] = 0
+    scale, zero = fit_grid(W, bits, sym, mse=True)
+    for row, one_scale, one_zero in zip(W, scale, zero):
+        low, high, errors = min(row.min().item(), 0), max(row.max().item(), 0), {}
+        low, high = (-max(-low, high), max(-low, high)) if sym else (low, high)
+        for share in (1, *SHARES):
+            s = float(torch.tensor((high - low) * share / (2 ** bits - 1)).half()) or 1.0
+            z = 2 ** (bits - 1) if sym else round(float(-low * share / s))
+            q = torch.tensor([s * (min(max(round(float(w) / s) + z, 0), 2 ** bits - 1) - z) for w in row])
+            errors[s, z] = float(((row - q) ** 2).sum())
+        assert errors[float(one_scale), int(one_zero)] == min(errors.values())
+    whole = fit_grid(W, bits, sym)[0]
+    assert (scale <= whole).all() and (scale < whole).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_mse_loses_less(name):
+    for seed in range(3):
+        W, X, H = problem(64, 128, tokens=800, seed=seed)
+        for bits in (2, 3):
+            error = [output_error(W, run(name, W, H, bits=bits, mse=mse, sparsity=0.0), X) for mse in (True, False)]
+            assert error[0] < error[1]
+
+
 @pytest.mark.parametrize("settings", [dict(pattern="2:4"), dict(pattern="4:8"), dict(sparsity=0.5), dict(sparsity=0.7),
                                       dict(pattern="2:4", bits=3, group_size=16),
                                       dict(sparsity=0.5, bits=3, group_size=16)], ids=str)
@@ -254,6 +282,7 @@ def test_h_proportional_to_identity_is_rtn(scale, act_order):
     W = problem()[0]
     for bits, group, sym in ((2, 16, False), (3, -1, False), (3, 20, True), (4, 16, True)):
         assert torch.equal(gptq(W, scale * torch.eye(48), bits, group, sym, act_order), rtn(W, bits, group, sym))
+        assert torch.equal(gptq(W, scale * torch.eye(48), bits, group, sym, mse=True), rtn(W, bits, group, sym, mse=True))
     assert torch.equal(sparsegpt(W, scale * torch.eye(48), pattern="2:4"), magnitude(W, pattern="2:4"))
     assert torch.equal(sparsegpt(W, scale * torch.eye(48), 0.5), magnitude(W, 0.5))
 

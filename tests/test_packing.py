@@ -56,7 +56,7 @@ def test_weights_come_back_bit_for_bit(name, arch, tmp_path):
 
 
 @pytest.mark.parametrize("name, settings", [
-    *(("gptq", dict(bits=bits)) for bits in range(2, 9)), ("gptq", dict(act_order=True, group_size=-1)), ("gptq", dict(act_order=True, static_groups=True)), ("rtn", dict(sym=True)),
+    *(("gptq", dict(bits=bits)) for bits in range(2, 9)), ("gptq", dict(act_order=True, group_size=-1)), ("gptq", dict(act_order=True, static_groups=True)), ("gptq", dict(mse=True)), ("rtn", dict(sym=True)),
     ("magnitude", dict(sparsity=0.0)), ("magnitude", dict(sparsity=0.9)), ("sparsegpt", dict(pattern="2:4")),
     ("sparsegpt_gptq", dict(sparsity=0.7, sym=True)), ("sparsegpt_gptq", dict(sparsity=0.1, bits=2))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

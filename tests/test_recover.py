@@ -361,7 +361,7 @@ def test_a_merged_weight_put_back_is_compressed_again():
     run.model, run.rows, seen = tiny_model("llama"), [], {}
     layer = run.model.model.layers[0].self_attn.q_proj
     for name, settings, Q in (("magnitude", {}, compress.magnitude(layer.weight, 0.5)),
-                              ("rtn", dict(bits=2, group_size=16, sym=False), compress.rtn(layer.weight, 2, 16))):
+                              ("rtn", dict(bits=2, group_size=16, sym=False, mse=False), compress.rtn(layer.weight, 2, 16))):
         layer.weight.data = Q
         method = LoRA(run.model, r=2, targets=["q_proj"])
         for tensor in method.tensors().values():
