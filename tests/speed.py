@@ -1,6 +1,7 @@
 """Our functions against the fastest public ones we could install, in one run. Each needs its tool, which the project never needs.
 
     pip install llmcompressor && python tests/speed.py gptq                  # one 2048 x 2048 layer, 3 bits, group 128
+    pip install gptqmodel && python tests/speed.py gptq --against gptqmodel
     python tests/speed.py gptq-model --model smollm2 --text wikitext2        # every layer of a model, 3 bits, group 64
     pip install peft && python tests/speed.py train --model smollm2          # a prompt-tuning step and a LoRA step
     pip install lm_eval && python tests/speed.py score --model smollm2 --tasks arc_easy --limit 100
@@ -8,6 +9,7 @@
 Both sides get the same threads, dtype and data, take turns, and are warmed up first; printed are medians, and the median of
 the ratios ours / theirs within a turn.
 """
+import functools
 import pathlib
 import statistics
 import sys
@@ -38,64 +40,77 @@ def take_turns(sides, repeats):
           f"(median of {repeats}, {torch.get_num_threads()} threads)", flush=True)
 
 
-GRIDS = {  # our settings, and what llmcompressor calls its way of fitting grids, always to the original weights
-    "current groups": (dict(), "memoryless_minmax"),
-    "static groups": (dict(static_groups=True), "memoryless_minmax"),
-    "static groups, mse": (dict(static_groups=True, mse=True), "memoryless_mse"),
-    "current groups, mse": (dict(mse=True), "memoryless_mse"),
-}
+GRIDS = {  # ways to fit grids, as settings of gptq()
+    "current groups": dict(), "static groups": dict(static_groups=True),
+    "current groups, mse": dict(mse=True), "static groups, mse": dict(static_groups=True, mse=True)}
 
 
-def llmcompressor_gptq(W, H, group, observer):
-    """llmcompressor's GPTQ, 3 bits. W (out, in), H (in, in) -> Q."""
+def llmcompressor_gptq(W, H, group, static_groups=True, mse=False):
+    """llmcompressor's GPTQ, 3 bits; its groups are always static. W (out, in), H (in, in) -> Q."""
     from compressed_tensors.quantization import QuantizationArgs
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
     from llmcompressor.observers import Observer
+    observer = "memoryless_mse" if mse else "memoryless_minmax"
     scheme = QuantizationArgs(num_bits=3, group_size=group, symmetric=False, strategy="group", observer=observer)
     grid = Observer.load_from_registry(observer, base_name="weight", args=scheme)(W).get_qparams()
     return quantize_weight(W[None].clone(), H[None].clone(), grid["scale"][None], grid["zero_point"][None], None, scheme,
                            blocksize=128, percdamp=0.01)[0][0]
 
 
+def gptqmodel_gptq(W, H, group, static_groups=False, mse=False):
+    """gptqmodel's GPTQ, 3 bits. W (out, in), H (in, in) -> Q."""
+    from gptqmodel.quantization import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ
+    layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=False).requires_grad_(False)
+    layer.weight.copy_(W)
+    solver = GPTQ(layer, QuantizeConfig(bits=3, group_size=group, sym=False, desc_act=False, act_group_aware=False,
+                                        static_groups=static_groups, damp_percent=0.01, mse=2.4 if mse else 0.0))
+    solver.quantizer.configure(perchannel=True)
+    solver.H, solver.nsamples = H.clone(), len(H)
+    return solver.quantize(blocksize=128)[0].float()
+
+
+RIVALS = {"llmcompressor": llmcompressor_gptq, "gptqmodel": gptqmodel_gptq}
+
+
 def gptq(args):
-    """One layer: our gptq() against llmcompressor's."""
-    n, group, generator = args.size, 128, torch.Generator().manual_seed(args.seed)
+    """One layer: our gptq() against theirs."""
+    n, group, generator, rival = args.size, 128, torch.Generator().manual_seed(args.seed), RIVALS[args.against]
     mix = torch.randn(n, n, generator=generator) / n ** 0.5 * torch.logspace(0, -1.5, n)[:, None]
     X = torch.randn(4 * n, n, generator=generator) @ mix + 0.01 * torch.randn(4 * n, n, generator=generator)
     W, H = 0.02 * torch.randn(n, n, generator=generator), X.T @ X / len(X)
     error = lambda Q: compress.relative_error(W, Q, H)
     print(f"relative output error of RTN {error(compress.rtn(W, 3, group)):.5f}")
-    for name, (settings, observer) in GRIDS.items():
-        sides = {"ours": lambda: compress.gptq(W, H, 3, group, **settings), "llmcompressor": lambda: llmcompressor_gptq(W, H, group, observer)}
-        print(f"{name}: error ours {error(sides['ours']()):.5f}, llmcompressor {error(sides['llmcompressor']()):.5f};", end=" ")
+    for name, settings in GRIDS.items():
+        sides = {"ours": lambda: compress.gptq(W, H, 3, group, **settings), args.against: lambda: rival(W, H, group, **settings)}
+        print(f"{name}: error " + ", ".join(f"{side} {error(run()):.5f}" for side, run in sides.items()), end="; ")
         take_turns(sides, args.repeats)
 
 
 def gptq_model(args):
     """Every linear layer of a model, in turns on the same W and H; the walk goes on with our first result."""
     group, seconds, errors = 64, {}, {}
-
-    def timed(name, function, W, H):
-        start = time.perf_counter()
-        Q = function()
-        seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
-        errors.setdefault(name, []).append(compress.relative_error(W, Q, H))
-        return Q
+    sides = {("ours", name): functools.partial(compress.gptq, bits=3, group_size=group, **settings) for name, settings in GRIDS.items()}
+    sides.update({("theirs", mse): functools.partial(RIVALS[args.against], group=group, static_groups=True, mse=mse) for mse in (False, True)})
 
     def every_side(W, H, details=None):
-        results = [timed(f"ours, {name}", lambda: compress.gptq(W, H, 3, group, **settings), W, H) for name, (settings, _) in GRIDS.items()]
-        for observer in ("memoryless_minmax", "memoryless_mse"):
-            timed(f"llmcompressor, {observer}", lambda: llmcompressor_gptq(W, H, group, observer), W, H)
+        results = []
+        for side, run in sides.items():
+            start = time.perf_counter()
+            results.append(run(W, H))
+            seconds[side] = seconds.get(side, 0) + time.perf_counter() - start
+            errors.setdefault(side, []).append(compress.relative_error(W, results[-1], H))
         return results[0]
 
     compress.COMPRESSORS["every side"] = (every_side, True, ())
     model, tokenizer = loading.load_model(args.model, args.device, args.dtype)
     ids = compress.calibration_ids(loading.load_text(args.text, tokenizer, "train"), 32, 512, args.seed)
     compress.compress_model(model, tokenizer, "every side", ids)
-    for name in seconds:
-        print(f"{name}: {seconds[name]:.1f} s, mean relative output error {statistics.mean(errors[name]):.5f} of {len(errors[name])} layers")
-    print(f"{torch.get_num_threads()} threads; ratios ours / llmcompressor: " + ", ".join(
-        f"{name} {seconds['ours, ' + name] / seconds['llmcompressor, ' + observer]:.3f}" for name, (_, observer) in GRIDS.items()))
+    for name, settings in GRIDS.items():
+        ours, theirs = ("ours", name), ("theirs", settings.get("mse", False))
+        print(f"{name}: ours {seconds[ours]:.1f} s, error {statistics.mean(errors[ours]):.5f}; {args.against} {seconds[theirs]:.1f} s, error "
+              f"{statistics.mean(errors[theirs]):.5f}; ratio {seconds[ours] / seconds[theirs]:.3f} "
+              f"({len(errors[ours])} layers, {torch.get_num_threads()} threads)")
 
 
 def train(args):
@@ -135,6 +150,7 @@ def main():
     parser = loading.Parser(__doc__.splitlines()[0])
     loading.common_flags(parser)
     parser.add_argument("what", choices=["gptq", "gptq-model", "train", "score"], help="which comparison")
+    parser.add_argument("--against", default="llmcompressor", choices=list(RIVALS), help="gptq, gptq-model: whose GPTQ")
     parser.add_argument("--size", type=int, default=2048, help="gptq: rows and columns")
     parser.add_argument("--batch-size", type=int, default=4, help="train: rows")
     parser.add_argument("--seqlen", type=int, default=128, help="train: tokens per row")
