@@ -58,21 +58,26 @@ class TokenLosses(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, given):
         """given (tokens,): d result / d loss of each token."""
         gradient, = ctx.saved_tensors
-        return gradient * given[:, None].to(gradient.dtype), None, None
+        return (gradient * given[:, None]).to(gradient.dtype), None, None                      # the product in float32
 
 
 def row_losses(model, ids, counted=slice(None), **kwargs):
     """Mean next-token loss of each row of ids (B, T). -> (B,). counted: which of the T-1 tokens that follow another.
 
     The first token is not scored: without a prompt nothing predicts it, so with one it must not count either. The last
-    predicts nothing, so it does not run. kwargs: mask, positions and cache of the first T-1.
+    predicts nothing, so it does not run. kwargs: mask, positions and cache of the first T-1. Raises ValueError when the head
+    is to be trained: its gradient is what TokenLosses leaves out.
     """
-    hidden = model.base_model(ids[:, :-1], **kwargs).last_hidden_state[:, counted]             # (B, T-1, d)
+    head = model.get_output_embeddings()
+    if head.weight.requires_grad:
+        raise ValueError("row_losses gives lm_head no gradient: freeze it, or use F.cross_entropy on its logits")
+    hidden = model.base_model(ids[:, :-1], **kwargs).last_hidden_state[:, counted]             # (B, counted, d)
     targets = ids[:, 1:][:, counted]
-    losses = TokenLosses.apply(hidden.flatten(0, 1), targets.flatten(), model.get_output_embeddings())
+    losses = TokenLosses.apply(hidden.flatten(0, 1), targets.flatten(), head)
     return losses.view(targets.shape).mean(1)
 
 

@@ -68,18 +68,28 @@ def learning_rate(step, steps, peak, warmup=0.1):
     return peak * min((step + 1) / ramp, (steps - step) / max(1, steps - ramp))
 
 
+@contextlib.contextmanager
+def as_it_was(cache, i, held):
+    """Layer i of the cache as before its block ran: or running again would append twice. And so again afterwards: or the cache
+    would keep alive what was recomputed."""
+    layer = cache.layers[i]
+    layer.keys, layer.values = held
+    try:
+        yield
+    finally:
+        layer.keys, layer.values = held
+
+
 def recomputed(forward, i):
-    """The forward of block i, run again in the backward pass. It must find the cache as it was, or it would append twice."""
+    """The forward of block i, to be run again in the backward pass."""
     def run(*args, **kwargs):
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        if cache is None:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         empty = (torch.tensor([], dtype=args[0].dtype, device=args[0].device),) * 2
-        held = (cache.layers[i].keys, cache.layers[i].values) if cache is not None and i < len(cache.layers) else empty
-
-        def again(*args, **kwargs):
-            if cache is not None and i < len(cache.layers):
-                cache.layers[i].keys, cache.layers[i].values = held
-            return forward(*args, **kwargs)
-        return checkpoint(again, *args, use_reentrant=False, **kwargs)
+        held = (cache.layers[i].keys, cache.layers[i].values) if i < len(cache.layers) else empty
+        contexts = lambda: (contextlib.nullcontext(), as_it_was(cache, i, held))               # of the first run, of the second
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
     return run
 
 
@@ -212,7 +222,7 @@ def build_parser():
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate; LEARNING_RATES of the method when absent")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass (less memory)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out: checkpoints, or the rows of a sweep")
     return parser
 
 

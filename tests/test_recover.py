@@ -125,6 +125,13 @@ def test_which_tokens_count():
         assert torch.allclose(row_losses(model, ids, slice(-1, None)), slow_losses(logits[:, -2:], ids[:, -2:]), atol=1e-5)
 
 
+def test_a_head_to_be_trained_is_refused_rather_than_left_out():
+    model = tiny_model("opt")
+    model.get_output_embeddings().requires_grad_(True)
+    with pytest.raises(ValueError, match="lm_head"):
+        row_losses(model, torch.randint(3, 97, (2, 6)))
+
+
 # --- prompts -----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch", sorted(CONFIGS))
