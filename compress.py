@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 import loading
-from compressors import COMPRESSORS, LIMITS, check, gptq, magnitude, rtn, sparsegpt, split_pattern    # noqa: F401, courses take all from here
+from compressors import COMPRESSORS, LIMITS, check, gptq, magnitude, rtn, sparsegpt, split_pattern    # noqa: F401, courses take the four from here
 from loading import UserError
 
 

@@ -12,7 +12,8 @@ U upper Cholesky factor of H^-1 (H^-1 = U^T U), Q the compressed W. The error th
 
 DEVIATES from the GPTQ authors' code: a group's grid is fitted on weights that carry every earlier error, so the result does
 not depend on the block size; columns that no token excites are rounded rather than zeroed; scales are rounded to float16
-before use, so that what is stored is what was used.
+before use, so that what is stored is what was used; the mse search tries ten shares of the range by squared error, where the
+authors try 80 by |error|^2.4.
 """
 import dataclasses
 import functools
@@ -57,7 +58,7 @@ def fit_grid(w, bits, sym, mse=False):
     """Scale and zero point of each row of a group. w: (out, group) -> scale (out,), zero (out,), as w's dtype.
 
     The grid spans min <= 0 <= max, so that 0 lies on it. mse: or that share of it which leaves the least squared error; the
-    few weights beyond are clipped so that all others lie closer. DEVIATES: the authors' search has 80 shares and |error|^2.4.
+    few weights beyond are clipped so that all others lie closer.
     """
     low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)                                 # (out,)
     if sym:
@@ -247,7 +248,8 @@ class Columns:
     def quantize(self, i, q):
         """Column i to its grid. q (out,) -> (out,). A group's grid is fitted when its first column comes up."""
         if self.group_of[i] == len(self.grids):            # every earlier error has reached these columns
-            self.grids.append(fit_grid(self.W[i:i + self.group].T, self.bits, self.sym, self.mse))
+            group = slice(i, i + self.group)
+            self.grids.append(fit_grid(self.W[group].masked_fill(self.zeros[group], 0).T, self.bits, self.sym, self.mse))
         scale, zero = self.grids[self.group_of[i]]
         code = to_code(q, scale, zero, self.bits)
         self.code[i] = code
@@ -328,7 +330,7 @@ def smallest(score, k):
 
 
 def split_pattern(pattern, columns, group_size=-1):
-    """"2:4" -> (2, 4): 2 of every 4 consecutive inputs are kept. Raises UserError when M divides not the columns or the group."""
+    """"2:4" -> (2, 4): 2 of every 4 consecutive inputs are kept. Raises UserError when M does not divide the columns or the group."""
     n, m = (int(part) for part in pattern.split(":"))
     if columns % m:
         raise UserError(f"--pattern {pattern}: {m} must divide a layer's inputs, here {columns}; use for example 2:4")
