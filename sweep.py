@@ -10,6 +10,7 @@ the calibration tokens, the training tokens in their order, and the test items, 
 that was cut off, or that should get more rows, goes on with --resume.
 """
 import json
+import math
 import pathlib
 import time
 
@@ -19,6 +20,7 @@ import compress
 import evaluate
 import loading
 import recover
+from loading import UserError
 from methods import METHODS
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -40,8 +42,11 @@ class Sweep(recover.Run):
     """A run whose rows are on disk as soon as they are measured; with --resume, those are not measured again."""
 
     def __init__(self, args):
-        self.out, args.out = args.out, None                # no checkpoint of the training: a row is short
-        kept = rows_in(self.out, args) if args.resume else []
+        self.settings, self.out, args.out = {**vars(args)}, args.out, None     # no checkpoint of the training: a row is short
+        self.command, self.seconds, kept = evaluate.command_line(), 0, []
+        if args.resume:
+            kept, command, self.seconds = earlier_part(self.settings)
+            self.command = " && ".join(filter(None, [command, self.command]))
         super().__init__(args)
         self.rows += kept
 
@@ -54,8 +59,8 @@ class Sweep(recover.Run):
         if not self.has(name):
             super().measure(name, *args, **kwargs)
             if self.out:
-                evaluate.write_results(self.out, evaluate.command_line(), {**vars(self.args), "out": self.out}, self.device,
-                                       time.time() - self.start, self.rows)
+                evaluate.write_results(self.out, self.command, self.settings, self.device, self.seconds + time.time() - self.start,
+                                       self.rows)
 
     def recover(self, name, weight_bytes, row):
         """Train and measure, unless that row is there."""
@@ -63,20 +68,23 @@ class Sweep(recover.Run):
             super().recover(name, weight_bytes, row)
 
 
-FREE = ("method", "only", "rates", "resume", "out", "lr", "prompt_length", "prompt_lengths", "rank")  # may differ between parts
+FREE = {"method", "only", "rates", "resume", "out", "compression"}     # settings that may differ between the parts of one table
 
 
-def rows_in(out, args):
-    """The rows that an earlier part of this sweep left. -> list of rows; raises UserError if it had other settings."""
-    path = pathlib.Path(out, "results.json")
-    if not path.exists():
-        return []
-    before, items = json.loads(path.read_text()), json.loads(path.with_name("items.json").read_text())
-    now = json.loads(json.dumps(vars(args)))
-    other = [name for name, value in now.items() if name not in FREE and before["settings"].get(name) != value]
-    if other:
-        raise loading.UserError(f"--resume: {out} was swept with other values of {' '.join(other)}; use the same flags or a new --out")
-    return [{**row, "items": items[row["row"]]} for row in before["rows"]]
+def earlier_part(settings):
+    """What an earlier part of this sweep left in --out. -> its rows, command and seconds; raises UserError if it is another sweep."""
+    out = pathlib.Path(settings["out"])
+    if not (out / "results.json").exists():
+        return [], None, 0
+    if not (out / "items.json").exists():
+        raise UserError(f"--resume: {out} has lost its items.json; use a new --out")
+    before, items = (json.loads((out / name).read_text()) for name in ("results.json", "items.json"))
+    now = {**json.loads(json.dumps(settings)), "machine": loading.device_name(loading.pick_device(settings["device"]))}
+    then = {**before["settings"], "machine": before["device"]}
+    for name in sorted(now.keys() & then.keys() - FREE):
+        if now[name] != then[name]:
+            raise UserError(f"--resume: in {out}, {name} is {then[name]}, here {now[name]}; use the same flags or a new --out")
+    return [{**row, "items": items[row["row"]]} for row in before["rows"]], before["command"], before["seconds"]
 
 
 def compressed(run):
@@ -179,10 +187,21 @@ def parse(argv=None):
     parser.add_argument("sweep", choices=sorted(SWEEPS), help="which table")
     parser.add_argument("--only", type=lambda text: text.split(";"), default=[""],
                         help="compressors: rows whose name contains one of these, separated by ';', as in 'group 64;50 %%'")
-    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=list(RATES),
-                        help="rates: peak learning rates, comma-separated")
+    parser.add_argument("--rates", type=rates_flag, default=list(RATES), help="rates: peak learning rates, comma-separated")
     parser.set_defaults(method=list(METHODS))
-    return recover.parse(argv, parser)
+    args = recover.parse(argv, parser)
+    if not all(0 < rate < math.inf for rate in args.rates):
+        raise UserError(f"--rates {','.join(map(str, args.rates))}: each must be above 0; use for example 0.01,0.1")
+    if args.out:
+        loading.check_out(args.out, "results.json")
+        if not args.resume and pathlib.Path(args.out, "results.json").exists():
+            raise UserError(f"--out {args.out}: holds rows already; go on with --resume, or use a new folder")
+    return args
+
+
+def rates_flag(text):
+    """'0.01,0.1' -> [0.01, 0.1], for argparse."""
+    return [float(part) for part in text.split(",")]
 
 
 def main(argv=None):

@@ -40,8 +40,37 @@ def test_a_sweep_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     assert all(rows_of(out)[name] == row for name, row in first.items()), "measured twice"
     assert set(json.loads((out / "items.json").read_text())) == set(rows_of(out))
     assert "| sparsegpt 50 % | 17.00 |" in capsys.readouterr().out
-    with pytest.raises(UserError, match="nsamples"):
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"].count(" && ") == 2 and results["settings"]["out"] == str(out)
+    with pytest.raises(UserError, match="nsamples is 2, here 3"):
         sweep.main(["compressors", *SMALL[:-1], "3", "--out", str(out), "--resume"])
+    with pytest.raises(UserError, match="holds rows already"):
+        sweep.main(flags)
+    (out / "items.json").unlink()
+    with pytest.raises(UserError, match="items.json"):
+        sweep.main([*flags, "--resume"])
+
+
+def test_rows_of_other_settings_are_not_mixed_in(tmp_path):
+    """A size of the other sweep, a rate: they are not in the rows' names, so they must not differ."""
+    flags = ["rates", *SMALL, "--method", "lora", "--out", str(tmp_path / "out")]
+    sweep.main([*flags, "--rates", "0.01"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["lr"] is None
+    with pytest.raises(UserError, match="rank is 8, here 16"):
+        sweep.main([*flags, "--rates", "0.1", "--resume", "--rank", "16"])
+
+
+@pytest.mark.parametrize("rates", ["0,0.1", "-1", "inf", "nan"])
+def test_impossible_rates_are_refused(rates):
+    with pytest.raises(UserError, match="--rates"):
+        sweep.parse(["rates", f"--rates={rates}"])
+
+
+def test_a_folder_of_someone_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for more in ([], ["--resume"]):
+        with pytest.raises(UserError, match="not written by this command"):
+            sweep.parse(["sizes", "--out", str(tmp_path), *more])
 
 
 @pytest.mark.parametrize("name, flags, rows", [
