@@ -8,6 +8,7 @@ Blocks are all alike, so two runs with different --layers give the cost of a blo
 elsewhere it is the process's resident memory (Linux only), without what Python and the libraries took before.
 """
 import argparse
+import ctypes
 import pathlib
 import sys
 import time
@@ -29,27 +30,28 @@ def resident(what):
 
 
 class Meter:
-    """Bytes on the device: used() now, peak() since the meter was made."""
+    """Peak of the memory in use on the device since the meter was made, without what was in use before."""
 
     def __init__(self, device):
-        self.cuda, self.base = device.type == "cuda", 0
-        if self.cuda:
+        self.device, self.base = device, 0
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            ctypes.CDLL(None).mallopt(-3, 65536)           # M_MMAP_THRESHOLD: what is freed goes back to the system at once
             pathlib.Path("/proc/self/clear_refs").write_text("5")    # forget the old peak
             self.base = resident("VmRSS")
 
-    def used(self):
-        return torch.cuda.memory_allocated() if self.cuda else resident("VmRSS") - self.base
-
     def peak(self):
-        return torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM") - self.base
+        """Bytes."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident("VmHWM") - self.base
 
 
 def main():
     """One job, one line."""
     parser = loading.Parser(__doc__.splitlines()[0])
-    loading.common_flags(parser)
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    parser.add_argument("--dtype", default="float32", choices=sorted(loading.DTYPES), help="of the model")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and prompts")
     parser.add_argument("what", choices=["compress", *METHODS], help="which job")
     parser.add_argument("--shape", default="llama-7b", choices=list(latency.SHAPES), help="of the model")
     parser.add_argument("--layers", type=int, default=None, help="blocks; all of the shape when absent")
@@ -63,7 +65,7 @@ def main():
     device, generator = loading.pick_device(args.device), torch.Generator().manual_seed(args.seed)
     meter, start = Meter(device), time.time()
     # while compressing, the model lives on the CPU and one block at a time on the device
-    model = latency.random_model(args.shape, "cpu" if args.what == "compress" else device, args.dtype or "float32")
+    model = latency.random_model(args.shape, "cpu" if args.what == "compress" else device, args.dtype)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ids = torch.randint(model.config.vocab_size, (max(args.nsamples * 2048, 4096),), generator=generator)
     if args.what == "compress":

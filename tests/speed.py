@@ -6,8 +6,8 @@
     pip install peft && python tests/speed.py train --model smollm2          # a prompt-tuning step and a LoRA step
     pip install lm_eval && python tests/speed.py score --model smollm2 --tasks arc_easy --limit 100
 
-Both sides get the same threads, dtype and data, take turns, and are warmed up first; printed are medians, and the median of
-the ratios ours / theirs within a turn.
+Both sides get the same threads, dtype and data, take turns, and are warmed up first. Printed are medians, and the median of
+the ratios ours / theirs within a turn; for gptq-model, sums over its layers.
 """
 import functools
 import pathlib
@@ -102,13 +102,15 @@ def gptq_model(args):
             errors.setdefault(side, []).append(compress.relative_error(W, results[-1], H))
         return results[0]
 
+    for run in sides.values():                             # warm up: imports, allocations
+        run(torch.randn(128, 128), torch.eye(128))
     compress.COMPRESSORS["every side"] = (every_side, True, ())
     model, tokenizer = loading.load_model(args.model, args.device, args.dtype)
     ids = compress.calibration_ids(loading.load_text(args.text, tokenizer, "train"), 32, 512, args.seed)
     compress.compress_model(model, tokenizer, "every side", ids)
     for name, settings in GRIDS.items():
         ours, theirs = ("ours", name), ("theirs", settings.get("mse", False))
-        print(f"{name}: ours {seconds[ours]:.1f} s, error {statistics.mean(errors[ours]):.5f}; {args.against} {seconds[theirs]:.1f} s, error "
+        print(f"{name}: ours {seconds[ours]:.1f} s, error {statistics.mean(errors[ours]):.5f}; {args.against}, static groups {seconds[theirs]:.1f} s, error "
               f"{statistics.mean(errors[theirs]):.5f}; ratio {seconds[ours] / seconds[theirs]:.3f} "
               f"({len(errors[ours])} layers, {torch.get_num_threads()} threads)")
 
