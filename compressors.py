@@ -248,8 +248,10 @@ class Columns:
     def quantize(self, i, q):
         """Column i to its grid. q (out,) -> (out,). A group's grid is fitted when its first column comes up."""
         if self.group_of[i] == len(self.grids):            # every earlier error has reached these columns
-            group = slice(i, i + self.group)
-            self.grids.append(fit_grid(self.W[group].masked_fill(self.zeros[group], 0).T, self.bits, self.sym, self.mse))
+            w = self.W[i:i + self.group]                   # (group, out)
+            if self.mse:                                   # what becomes zero has no error on any grid: it must not narrow this one
+                w = w.masked_fill(self.zeros[i:i + self.group], 0)
+            self.grids.append(fit_grid(w.T, self.bits, self.sym, self.mse))
         scale, zero = self.grids[self.group_of[i]]
         code = to_code(q, scale, zero, self.bits)
         self.code[i] = code

@@ -188,7 +188,7 @@ def test_extreme_rows_stay_finite():
 
 # --- twins -----------------------------------------------------------------------------------------------------------------
 
-def brute_force(W, H, bits=None, group=None, pattern=None, sparsity=None, block=None, percdamp=0.01):
+def brute_force(W, H, bits=None, group=None, pattern=None, sparsity=None, block=None, percdamp=0.01, mse=False):
     """Optimal brain quantization and surgeon, left to right, with the inverse of what is left recomputed for every column."""
     W, columns = W.clone(), W.shape[1]
     H = H + percdamp * H.diagonal().mean() * torch.eye(columns, dtype=H.dtype)
@@ -205,8 +205,8 @@ def brute_force(W, H, bits=None, group=None, pattern=None, sparsity=None, block=
             flat = loss(i, end).flatten().argsort()[:wanted]
             zero_here[flat // (end - i), i + flat % (end - i)] = True
         q = torch.where(zero_here[:, i], 0, W[:, i])
-        if bits and i % group == 0:                        # what is known to become zero asks nothing of the grid
-            scale, zero = fit_grid(torch.where(zero_here, 0, W)[:, i:i + group], bits, False)
+        if bits and i % group == 0:                        # with mse, what is known to become zero asks nothing of the grid
+            scale, zero = fit_grid((torch.where(zero_here, 0, W) if mse else W)[:, i:i + group], bits, False, mse)
         if bits:
             q = scale * ((q / scale).round() + zero).clamp(0, 2 ** bits - 1).sub(zero)
         error = (W[:, i] - q) / inverse[i][0, 0]
@@ -268,10 +268,11 @@ def test_mse_loses_less(name):
 
 @pytest.mark.parametrize("settings", [dict(pattern="2:4"), dict(pattern="4:8"), dict(sparsity=0.5), dict(sparsity=0.7),
                                       dict(pattern="2:4", bits=3, group_size=16),
-                                      dict(sparsity=0.5, bits=3, group_size=16)], ids=str)
+                                      dict(sparsity=0.5, bits=3, group_size=16), dict(sparsity=0.5, bits=3, group_size=16, mse=True),
+                                      dict(pattern="2:4", bits=2, group_size=16, mse=True)], ids=str)
 def test_sparsegpt_equals_brute_force(settings):
     W, X, H = problem(dtype=torch.float64)
-    slow = dict(bits=settings.get("bits"), group=settings.get("group_size"), sparsity=settings.get("sparsity"), block=16,
+    slow = dict(bits=settings.get("bits"), group=settings.get("group_size"), sparsity=settings.get("sparsity"), block=16, mse=settings.get("mse", False),
                 pattern=tuple(map(int, settings["pattern"].split(":"))) if "pattern" in settings else None)
     assert torch.allclose(sparsegpt(W, H, **settings, block_size=16), brute_force(W, H, **slow), atol=1e-9)
 
