@@ -80,6 +80,10 @@ def gptq(args):
     X = torch.randn(4 * n, n, generator=generator) @ mix + 0.01 * torch.randn(4 * n, n, generator=generator)
     W, H = 0.02 * torch.randn(n, n, generator=generator), X.T @ X / len(X)
     error = lambda Q: compress.relative_error(W, Q, H)
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            compress.gptq(W, H, 3, group)
+        return print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=32))
     print(f"relative output error of RTN {error(compress.rtn(W, 3, group)):.5f}")
     for name, settings in GRIDS.items():
         sides = {"ours": lambda: compress.gptq(W, H, 3, group, **settings), args.against: lambda: rival(W, H, group, **settings)}
@@ -153,6 +157,7 @@ def main():
     loading.common_flags(parser)
     parser.add_argument("what", choices=["gptq", "gptq-model", "train", "score"], help="which comparison")
     parser.add_argument("--against", default="llmcompressor", choices=list(RIVALS), help="gptq, gptq-model: whose GPTQ")
+    parser.add_argument("--profile", action="store_true", help="gptq: where our time goes, nothing else")
     parser.add_argument("--size", type=int, default=2048, help="gptq: rows and columns")
     parser.add_argument("--batch-size", type=int, default=4, help="train: rows")
     parser.add_argument("--seqlen", type=int, default=128, help="train: tokens per row")
