@@ -100,7 +100,8 @@ def choices_of(model, bank, contexts, batch_size=32, seed=0):
     """What each rule chooses for each context. contexts: n lists of ids -> {rule: (n,) long on the CPU}."""
     chosen, generator = {rule: [] for rule in RULES}, torch.Generator().manual_seed(seed)
 
-    def record(A, real, owner):                            # a selector that notes what every rule would choose
+    def record(A, real, owner):
+        """A selector that notes what every rule would choose. A (B, h, T, S), as for any of SELECTORS."""
         for rule in RULES:
             options = {"generator": generator} if rule == "random" else {}
             chosen[rule].append(SELECTORS[rule](A, real, owner, **options).argmax(1).cpu())

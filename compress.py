@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 import loading
-from compressors import COMPRESSORS, LIMITS, check, gptq, magnitude, rtn, sparsegpt, split_pattern    # noqa: F401, courses take the four from here
+from compressors import COMPRESSORS, LIMITS, check, gptq, magnitude, rtn, sparsegpt, split_pattern    # noqa: F401
 from loading import UserError
 
 
@@ -42,6 +42,7 @@ def first_block_inputs(model, calibration, device):
     names = list(inspect.signature(block.forward).parameters)
 
     def capture(block, args, given):
+        """Keep what the first block is called with, and stop."""
         given = {**dict(zip(names, args)), **given}        # GPT-2 passes its mask by position
         hidden.append(given.pop(names[0]).to(device))
         kwargs.update({name: to_device(value, device) for name, value in given.items()})
@@ -87,6 +88,7 @@ def hessians(block, hidden, kwargs):
     total, seen, handles, tokens = {}, {}, [], 0
 
     def accumulate(name, layer, args):
+        """Add x^T x of this call, once for all layers that read the same tensor. x (1, T, in)."""
         leader, x = seen.setdefault(id(args[0]), (name, args[0]))   # keeps x alive: its id cannot pass to another tensor
         if leader == name:
             x = x.reshape(-1, x.shape[-1]).float()         # (tokens, in)

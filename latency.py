@@ -54,6 +54,7 @@ def plain(model, ids, cache):
 def as_embeddings(P):
     """The soft prompt in front of the input, run through every layer each time."""
     def call(model, ids, cache):
+        """Prefill with the prompt's embeddings in front; decode as usual."""
         if cache is not None:
             return plain(model, ids, cache)
         E = torch.cat([P.expand(len(ids), -1, -1), model.get_input_embeddings()(ids)], dim=1)   # (B, n+T, d)
@@ -66,6 +67,7 @@ def as_cached_prefix(model, P):
     layers = prompt_cache(model, P, len(P))
 
     def call(model, ids, cache):
+        """Prefill behind a cache that holds the prompt; decode as usual."""
         if cache is None:
             cache = DynamicCache([(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1)) for k, v in layers])
         return plain(model, ids, cache)

@@ -83,6 +83,7 @@ def as_it_was(cache, i, held):
 def recomputed(forward, i):
     """The forward of block i, to be run again in the backward pass."""
     def run(*args, **kwargs):
+        """The block's own arguments and result."""
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
         if cache is None:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
