@@ -1,0 +1,247 @@
+"""Files that strangers wrote, read with care: one checked reader per kind of file.
+
+    obj = read_json(path, "--adapter")                     # UTF-8, no NaN, no lone surrogates; else one line with the flag
+    config = Fields(obj, path, "--adapter")                # config("r", whole_number(1, 4096)): the value, or one line
+    with Tensors(path, "--adapter") as file:               # names, shapes and types are known before memory is asked for
+        P = file.read("prompt_embeddings", (16, 64))
+"""
+import json
+import math
+import os
+import pathlib
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from support.cli import UserError
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)    # eight bits cannot be computed with
+MAX_JSON = 2**28                           # bytes; the largest we write ourselves (items.json) is far smaller
+
+
+def why(error):
+    """An OSError's reason in words, without its number."""
+    return (os.strerror(error.errno) if getattr(error, "errno", None) else str(error)).lower()
+
+
+def user_path(text, flag):
+    """The path that a user typed, ~ expanded. -> pathlib.Path. Raises UserError for one that no system can
+    have.
+    """
+    try:
+        path = pathlib.Path(text).expanduser()
+        path.exists()
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{flag} {str(text)[:80]}: is no path ({why(error)}); use another one") from error
+
+
+def regular_file(path, flag, most=None):
+    """The path, if it is a file of at most `most` bytes. Raises UserError: a folder, a pipe, or far too
+    large.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: is not a file; name an existing one")
+    if most and path.stat().st_size > most:
+        raise UserError(f"{flag} {path}: has {path.stat().st_size:,} bytes, more than {most:,}; it is not what this flag reads")
+    return path
+
+
+def read_text(path, flag, most=None):
+    """The text of a UTF-8 file, without a byte order mark. Raises UserError."""
+    path = regular_file(path, flag, most)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+
+
+def no_constant(name):
+    """NaN and infinities are not JSON, and nothing here may be one."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(text, where):
+    """JSON text -> object. where: flag, path and line, for the message. Raises UserError."""
+    try:
+        obj = json.loads(text, parse_constant=no_constant)
+        # "\ud800" is half a character, which no tokenizer takes; 1e999 is read as infinity
+        json.dumps(obj, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        return obj
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply; it was not written by this project") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half a character (a lone surrogate such as \\ud800); remove it") from None
+    except ValueError as error:
+        raise UserError(f"{where}: is not JSON ({error}); write it again") from None
+
+
+def read_json(path, flag):
+    """The object in a JSON file. Raises UserError for anything else."""
+    obj = parse_json(read_text(path, flag, MAX_JSON), f"{flag} {path}")
+    if not isinstance(obj, dict):
+        raise UserError(f"{flag} {path}: holds a {type(obj).__name__}, not an object; it was not written by this project")
+    return obj
+
+
+def read_jsonl(path, flag):
+    """One JSON object a line -> list of dicts. Raises UserError naming the line that is not one."""
+    rows = []
+    for number, line in enumerate(read_text(path, flag).split("\n"), 1):  # splitlines() would also cut at U+2028 in a string
+        if line.strip():
+            row = parse_json(line, f"{flag} {path}: line {number}")
+            if not isinstance(row, dict):
+                raise UserError(f"{flag} {path}: line {number} is not an object; write one object a line")
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{flag} {path}: the file has no rows; write one JSON object a line")
+    return rows
+
+
+class Fields:
+    """The keys of a JSON object, each checked when it is read: fields(key, rule) -> value. A rule is (test,
+    words).
+    """
+
+    def __init__(self, obj, path, flag):
+        self.obj, self.where = obj, f"{flag} {path}"
+
+    def __call__(self, key, rule, *default):
+        """The value of `key`, or the default if it is absent. Raises UserError when it breaks the rule."""
+        if key not in self.obj and default:
+            return default[0]
+        test, words = rule
+        value = self.obj.get(key)
+        if not test(value):
+            raise UserError(f"{self.where}: {key} is {json.dumps(value)[:60]}; it must be {words}")
+        return value
+
+    def within(self, key):
+        """The object under `key`, as Fields."""
+        return Fields(self(key, OBJECT), key, self.where)
+
+
+def is_whole(value):
+    """A whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole_number(low, high):
+    """The rule for a whole number from low to high."""
+    return lambda value: is_whole(value) and low <= value <= high, f"a whole number from {low} to {high}"
+
+
+def number(low, high):
+    """The rule for a finite number from low to high."""
+    return (lambda value: (is_whole(value) or isinstance(value, float)) and low <= value <= high,
+            f"a number from {low} to {high}")
+
+
+def one_of(*allowed):
+    """The rule for one of a few values."""
+    return lambda value: any(value is a or (value == a and type(value) is type(a)) for a in allowed), (
+        "one of: " + " ".join(json.dumps(value) for value in allowed))
+
+
+def list_of(rule):
+    """The rule for a list whose every entry keeps a rule."""
+    return lambda value: isinstance(value, list) and all(map(rule[0], value)), f"a list, each {rule[1]}"
+
+
+def or_null(rule):
+    """The rule for a value that may be null."""
+    return lambda value: value is None or rule[0](value), f"{rule[1]}, or null"
+
+
+STRING = (lambda value: isinstance(value, str), "a text")
+BOOL = (lambda value: isinstance(value, bool), "true or false")
+OBJECT = (lambda value: isinstance(value, dict), "an object")
+
+
+class Tensors:
+    """An open safetensors file: shapes and types from its header, a tensor only when it fits. A context
+    manager.
+    """
+
+    def __init__(self, path, flag):
+        self.path, self.where = regular_file(path, flag), f"{flag} {path}"
+
+    def __enter__(self):
+        try:
+            self.file = safe_open(self.path, "pt")
+            self.open = self.file.__enter__()
+            self.metadata = self.open.metadata() or {}
+            self.found = dict.fromkeys(self.open.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.where}: cannot be read ({str(error)[:120]}); write or download it again") from error
+        return self
+
+    def __exit__(self, *error):
+        self.file.__exit__(*error)
+
+    def names(self):
+        """Every tensor's name."""
+        return list(self.found)
+
+    def shape(self, name):
+        """The shape of a tensor, from the header. Raises UserError when there is none of that name."""
+        if name not in self.found:
+            raise UserError(f"{self.where}: lacks {name}; write or download it again")
+        return tuple(self.open.get_slice(name).get_shape())
+
+    def kind(self, name):
+        """The type of a tensor as safetensors calls it, "F32" say, from the header."""
+        return self.open.get_slice(name).get_dtype()
+
+    def read(self, name, shape=None, dtypes=None, finite=True):
+        """A tensor that has this shape and one of these dtypes (any floating one when absent), all numbers
+        finite.
+        """
+        if shape is not None and self.shape(name) != tuple(shape):
+            raise UserError(f"{self.where}: {name} is {self.shape(name)}, and {tuple(shape)} is needed; "
+                            "it belongs to another model or other settings")
+        self.shape(name)
+        try:
+            tensor = self.open.get_tensor(name)
+        except Exception as error:                         # types that this version of torch does not have
+            raise UserError(f"{self.where}: {name} cannot be read ({str(error)[:120]}); it was not written by this project") from error
+        if tensor.dtype not in (dtypes or FLOATING):
+            raise UserError(f"{self.where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; "
+                            "it was not written by this project")
+        if finite and tensor.is_floating_point() and not all_finite(tensor):
+            raise UserError(f"{self.where}: {name} holds numbers that are not finite; write or train it again")
+        return tensor
+
+    def exactly(self, names):
+        """Raise UserError when tensors are missing or left over."""
+        missing, extra = sorted(set(names) - set(self.names())), sorted(set(self.names()) - set(names))
+        if missing or extra:
+            raise UserError(f"{self.where}: " + "; ".join(
+                f"{words} {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}"
+                for words, found in (("lacks", missing), ("has no place for", extra)) if found)
+                + "; it belongs to another model or other settings")
+
+
+def finite(value, what):
+    """The number itself. Raises UserError when it is not one: a broken model must not get a row of
+    results.
+    """
+    if not math.isfinite(value):
+        raise UserError(f"--model: {what} is {value}, not a number: the model or the adapter is broken; "
+                        "use --dtype float32, or another one")
+    return value
+
+
+def all_finite(tensor):
+    """Is no number of a tensor a NaN or an infinity? -> bool. Smallest and largest tell, 40 times as fast as
+    isfinite().
+    """
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def not_finite(tensors):
+    """The name of the first tensor that holds a NaN or an infinity, or None. tensors: (name, tensor)
+    pairs.
+    """
+    return next((name for name, tensor in tensors if tensor.is_floating_point() and not all_finite(tensor)), None)

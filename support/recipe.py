@@ -1,0 +1,85 @@
+"""Recipes: what a result was made of. Adapters, checkpoints, results and --resume compare them by the same
+lines.
+
+    recipe = recipe_of(model)                              # base model, compression, a digest of the weights themselves
+    difference(then, now)                                  # None, or in words what is not the same
+"""
+import hashlib
+import json
+
+import torch
+
+from support.cli import UserError, say
+
+SAMPLES = 64                                       # numbers read of each weight: compression moves nearly all
+
+
+def digest(data):
+    """16 hexadecimal digits that tell two things apart. data: anything JSON can hold, or a tensor on the
+    CPU.
+    """
+    raw = data.contiguous().view(torch.uint8).numpy().tobytes() if isinstance(data, torch.Tensor) else json.dumps(data).encode()
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+@torch.no_grad()
+def weights_digest(model):
+    """A digest of SAMPLES evenly spaced numbers of every parameter, as bfloat16: the same weights in another
+    dtype agree.
+    """
+    parts = []
+    for parameter in model.parameters():
+        flat = parameter.detach().reshape(-1)
+        parts.append(flat[::max(1, len(flat) // SAMPLES)][:SAMPLES].to(torch.bfloat16))
+    return digest(torch.cat(parts).view(torch.int16).cpu())
+
+
+def compression_of(model):
+    """What was done to a model, without what it led to. -> dict, {} for a dense one."""
+    report = getattr(model, "compression", {})
+    calibration = report.get("calibration", {})
+    return {"compressor": report["compressor"], "settings": report["settings"],
+            "calibration": {key: calibration[key] for key in ("nsamples", "seqlen", "text", "seed") if key in calibration}
+            } if report else {}
+
+
+def recipe_of(model):
+    """-> {"base_model", "compression", "weights"}."""
+    base = getattr(model, "compression", {}).get("base_model", model.config.name_or_path)
+    return {"base_model": base, "compression": compression_of(model), "weights": weights_digest(model)}
+
+
+def difference(then, now):
+    """The first thing in which two recipes (nested dicts) differ, in words, or None."""
+    then, now = json.loads(json.dumps(then)), json.loads(json.dumps(now))      # as they look on disk: lists, not tuples
+    for key in dict.fromkeys([*then, *now]):
+        a, b = then.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = difference(a, b)
+            if inner:
+                return f"{key} {inner}" if key == "calibration" else inner
+        elif a != b:
+            return f"{key} was {json.dumps(a)}, now {json.dumps(b)}"
+    return None
+
+
+def in_words(recipe):
+    """'toy, rtn {"bits": 2}' or 'toy, dense'."""
+    how = recipe["compression"]
+    return f"{recipe['base_model']}, " + (f"{how['compressor']} {json.dumps(how['settings'])}" if how else "dense")
+
+
+def check_recipe(then, model, where):
+    """Refuse an adapter that was trained on other weights. then: its recipe; where: flag and folder, for the
+    message.
+
+    The same recipe need not give the same bits on another machine or with other threads: that is said, and
+    goes on.
+    """
+    now = recipe_of(model)
+    if then["weights"] == now["weights"]:
+        return
+    if then["base_model"] != now["base_model"] or difference(then["compression"], now["compression"]):
+        raise UserError(f"{where}: was trained on {in_words(then)}, and this model is {in_words(now)}; use it where it was trained")
+    say("note", f"{where}: the model was made by the same recipe, but its weights are not the same bit for bit "
+                "(another machine, version or number of threads)")
