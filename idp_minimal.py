@@ -22,7 +22,10 @@ The paper's text was not at hand when this was written, so steps are tagged by t
 DEVIATES: nothing known.
 """
 import contextlib
+import inspect
+import uuid
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +57,12 @@ class PromptBank:
         self.m, self.N = len(self.lengths), max(self.lengths)
         lengths = torch.tensor(self.lengths, device=device)
         # valid: (m, N) True where a column holds a prompt token; tokens: (S,) where those stand when (m, N) is flat;
-        # owner: (S,) the prompt of each. All three are made once, and owner stays on the CPU, so that no pass reads them back.
+        # owner: (S,) the prompt of each. All three are made once, and owner stays on the CPU, so that no pass reads them
+        # back; mark: by this a cache, or a copy of one, knows the bank that filled it.
         self.valid = torch.arange(self.N, device=device) >= self.N - lengths[:, None]
         self.tokens = self.valid.flatten().nonzero()[:, 0]
         self.owner = torch.arange(self.m).repeat_interleave(lengths.cpu())
+        self.mark, self.uneven = uuid.uuid4().hex, len(set(self.lengths)) > 1
 
     @classmethod
     @torch.no_grad()
@@ -65,12 +70,14 @@ class PromptBank:
         """Run each prompt alone, once, and keep what it leaves in the cache. prompts: m tensors (n_k, d).
 
         d is the width of the model's token embeddings, which in OPT-350m is narrower than its hidden size.
-        Raises ValueError when there is no prompt, or one has the wrong shape.
+        Raises ValueError when there is no prompt, or one has the wrong shape or a number that is not finite.
         """
         embedding = model.get_input_embeddings().weight
         if not prompts or any(P.dim() != 2 or len(P) < 1 or P.shape[1] != embedding.shape[1] for P in prompts):
             raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {embedding.shape[1]}), "
                              f"got {[tuple(P.shape) for P in prompts]}")
+        if not all(P.to(embedding).isfinite().all() for P in prompts):
+            raise ValueError(f"prompts must be finite numbers in the model's {embedding.dtype}")
         N = max(len(P) for P in prompts)
         layers = [prompt_cache(model, P, N) for P in prompts]                                  # m x L x (k, v)
         pad = lambda x: F.pad(x[0], (0, 0, N - x.shape[2], 0))                                 # (h_kv, N, d_k)
@@ -119,7 +126,7 @@ def attention_to_prompts(module, query, key, K_prompts, mask, scaling):
 
 def per_prompt_mean(a, owner):
     """Mean over the tokens of each prompt. a: (B, S) -> (B, m)."""
-    member = F.one_hot(owner).to(a)                                                            # (S, m)
+    member = F.one_hot(owner).to(a, non_blocking=True)     # (S, m); a GPU need not be waited for
     return a @ member / member.sum(0)
 
 
@@ -135,13 +142,13 @@ def mean_attention(A, real, owner):
 
 def total_attention(A, real, owner):
     """s_k = n_k times the mean: the sum over the prompt's tokens, which favours long prompts."""
-    return mean_attention(A, real, owner) * torch.bincount(owner).to(A.device)
+    return mean_attention(A, real, owner) * torch.bincount(owner).to(A.device, non_blocking=True)
 
 
 def max_attention(A, real, owner):
     """s_k = max of A over heads, real input tokens and the tokens of prompt k."""
     a = (A * real[:, None, :, None]).amax((1, 2))                                              # (B, S)
-    return torch.stack([a[:, owner == k].amax(1) for k in range(int(owner[-1]) + 1)], dim=1)
+    return torch.stack([part.amax(1) for part in a.split(torch.bincount(owner).tolist(), dim=1)], dim=1)
 
 
 def last_token(A, real, owner):
@@ -154,7 +161,7 @@ def last_token(A, real, owner):
 
 def random_choice(A, real, owner, generator=None):
     """Control: a random prompt for each sequence."""
-    return torch.rand(len(A), int(owner[-1]) + 1, generator=generator).to(A)
+    return torch.rand(len(A), int(owner[-1]) + 1, generator=generator).to(A, non_blocking=True)
 
 
 def fixed_choice(A, real, owner, k=0):
@@ -173,14 +180,9 @@ SELECTORS = {"mean_attention": mean_attention, "total_attention": total_attentio
 
 # --- 3. Choice, fused into the attention forward pass [IDP: choice] [IDP: fusion] ----------------------------------------
 
-@dataclass
-class Call:
-    """What the attention layers of one forward pass share."""
-    idp: "IDP"
-    mask: torch.Tensor                                     # (B, 1, T, N + past + T) bool; None when nothing is hidden
-    real: torch.Tensor                                     # (B, T) bool: which queries are real tokens
-    prefill: bool                                          # True: choose, and put the chosen prompt in the cache
-    choice: torch.Tensor = None                            # (B,)
+# What models hand on and attention may leave aside. IDP.check sees to a sliding window.
+UNDERSTOOD = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "num_items_in_batch",
+              "sliding_window"}
 
 
 def idp_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, idp=None, **kwargs):
@@ -191,6 +193,9 @@ def idp_attention(module, query, key, value, attention_mask, scaling=None, dropo
     """
     if idp is None:
         raise RuntimeError("under attach_idp, call the model that was attached, not one of its submodules")
+    unknown = [name for name in kwargs.keys() - UNDERSTOOD if kwargs[name] is not None]
+    if unknown:                                            # such as s_aux of GPT-OSS, softcap of Gemma 2
+        raise ValueError(f"attach_idp does not know what {unknown} asks of the attention of this model")
     if idp.prefill:
         bank, N = idp.idp.bank, idp.idp.bank.N
         if idp.choice is None:                             # the first layer: score, choose once, narrow the mask
@@ -205,14 +210,20 @@ def idp_attention(module, query, key, value, attention_mask, scaling=None, dropo
 def choose_prompt(call, module, query, key, scaling):
     """Score every prompt by the first layer's attention and keep the best: one choice per sequence, made once.
 
-    query (B, h, T, d_k), key (B, h_kv, T, d_k): the input alone. Sets call.choice, idp.scores, idp.choice.
+    query (B, h, T, d_k), key (B, h_kv, T, d_k): the input alone. Sets call.choice (B,), idp.scores, idp.choice.
+    Within generate only the n tokens of its input count, and the r rows (beams) that repeat an input share its choice.
     """
     idp, bank = call.idp, call.idp.bank
-    K_prompts = bank.keys[module.layer_idx].transpose(1, 2).flatten(0, 1)[bank.tokens].transpose(0, 1)  # (h_kv, S, d_k)
-    A = attention_to_prompts(module, query, key, K_prompts, call.mask[..., bank.N:], scaling)  # (B, h, T, S)
-    idp.scores = idp.rule(A, call.real, bank.owner, **idp.options)                             # (B, m)
-    # choice = argmax_k s_k; NOT IN PAPER: a tie goes to the lowest k, so that runs repeat
-    idp.choice = call.choice = idp.scores.argmax(1)                                            # (B,)
+    asked = idp.asked or SimpleNamespace(rows=len(query), tokens=query.shape[2], choice=None)
+    n, r = asked.tokens, len(query) // asked.rows
+    if asked.choice is None:                               # else a later pass of generate(use_cache=False)
+        K_prompts = bank.keys[module.layer_idx].transpose(1, 2).flatten(0, 1)[bank.tokens].transpose(0, 1)  # (h_kv, S, d_k)
+        mask = call.mask[::r, :, :n, bank.N:bank.N + n]                                        # (B/r, 1, n, n)
+        A = attention_to_prompts(module, query[::r, :, :n], key[::r, :, :n], K_prompts, mask, scaling)  # (B/r, h, n, S)
+        idp.scores = idp.rule(A, call.real[::r, :n], bank.owner, **idp.options)                # (B/r, m)
+        # choice = argmax_k s_k; NOT IN PAPER: a tie goes to the lowest k, so that runs repeat
+        idp.choice = asked.choice = idp.scores.argmax(1)                                       # (B/r,)
+    call.choice = asked.choice.repeat_interleave(r)                                            # (B,)
     call.mask[..., :bank.N] = bank.valid[call.choice][:, None, None]                           # hide a short prompt's padding
 
 
@@ -232,82 +243,146 @@ AttentionInterface.register("idp", idp_attention)          # no mask function of
 
 # --- 4. Into a Hugging Face model -----------------------------------------------------------------------------------------
 
+class PromptCache(DynamicCache):
+    """A cache whose length leaves out its first N columns: the prompt that each row chose.
+
+    choice (B,) lies in the first layer, so that copies of the layers have it, and goes wherever the rows go.
+    """
+
+    def get_seq_length(self, layer_idx=0):
+        return max(super().get_seq_length(layer_idx) - self.N, 0)
+
+    def get_mask_sizes(self, *args, **kwargs):             # asked by a model that makes its own mask
+        raise ValueError("this cache holds a prompt that the plain model does not count: go on under attach_idp")
+
+    def crop(self, tokens_to_remove):
+        if not -self.get_seq_length() < tokens_to_remove <= 0:
+            raise ValueError(f"crop takes -n, to remove n of {self.get_seq_length()} tokens, but not all of them")
+        super().crop(tokens_to_remove)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.layers[0].choice = self.layers[0].choice[indices]
+
+    def batch_repeat_interleave(self, repeats):
+        rows = torch.arange(len(self.layers[0].choice), device=self.layers[0].choice.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx):
+        self.batch_select_indices(beam_idx)
+
+    def reset(self):
+        self.__init__()                                    # older releases would keep columns of zeros
+
+
+# Settings of generate and what they may be: other values keep the cache elsewhere or call the model in other ways.
+GENERATE = {"cache_implementation": (None, "dynamic"), "guidance_scale": (None, 1), "token_healing": (None, False),
+            "custom_generate": (None,), "trust_remote_code": (None, False)}
+
+
 class IDP:
-    """What `with attach_idp(...) as idp` gives: idp.choice (B,) and idp.scores (B, m) of the last prefill."""
+    """What `with attach_idp(...) as idp` gives: idp.choice (B,) and idp.scores (B, m) of the last choice made."""
 
     def __init__(self, bank, selector, attention, options):
         self.bank, self.rule, self.attention, self.options = bank, selector, attention, options
-        self.choice = self.scores = None
+        self.choice = self.scores = self.asked = None
 
     def before_forward(self, model, args, kwargs):
         """Forward pre-hook: make room for N prompt columns in cache, mask and positions. Prompts add no rows."""
-        kwargs.update(zip(("input_ids",), args))           # the one argument that callers give by position
+        kwargs, bank, device = by_name(model.forward, args, kwargs), self.bank, self.bank.valid.device
         caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]             # callers may use either name
-        bank, cache, mask = self.bank, next((c for c in caches if c is not None), None), kwargs.get("attention_mask")
-        B, T = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None).shape[:2]
+        cache = next((c for c in caches if c is not None), None)
         cache = DynamicCache() if cache is None else cache
-        prefill = cache.get_seq_length() == 0
-        past = 0 if prefill else cache.get_seq_length() - bank.N                               # real tokens before these
-        self.check(model, cache, prefill, past + T)
+        mask = None if self.asked and self.asked.full else kwargs.get("attention_mask")
+        B, T = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None).shape[:2]
+        # call: what the attention layers of this pass share. prefill: choose, and put the chosen prompt in the cache;
+        # mask (B, 1, T, N + past + T) bool, None when nothing is hidden; real (B, T) bool: queries that are tokens.
+        prefill = DynamicCache.get_seq_length(cache) == 0
+        call = SimpleNamespace(idp=self, prefill=prefill, mask=None, real=None, choice=None)
+        past = 0 if prefill else cache.get_seq_length()                                   # real tokens before these
+        if prefill and self.asked and self.asked.choice is not None and kwargs.get("use_cache") is not False:
+            raise ValueError("a second input within one generate: the first has chosen, and this one could not")
+        self.check(model, cache, prefill, B, past, T, mask)
         if prefill:
             reserve_columns(cache, bank, B)
-        mask = torch.ones(B, past + T, dtype=torch.long, device=bank.valid.device) if mask is None else mask
-        if mask.shape != (B, past + T):
-            raise ValueError(f"attention_mask must be (B, past + T) = {(B, past + T)} over real tokens, without the "
-                             f"prompt's columns; got {tuple(mask.shape)}")
         positions = kwargs.get("position_ids")             # the real tokens' own, from 0
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:] if positions is None else positions  # (B, T)
-        real, columns = mask.bool(), self.prompt_columns(cache, B, prefill)
-        call = Call(self, visible(real, past, columns), real[:, past:], prefill)
-        kwargs.update({CACHE: cache}, attention_mask=call.mask, position_ids=positions + bank.N, idp=call)
+        if positions is None and mask is None:
+            positions = torch.arange(past, past + T, device=device)[None]                      # (1, T)
+        elif positions is None:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]                     # (B, T)
+        # A GPU is not asked whether a mask hides anything: the answer would cost a wait at every token.
+        hides = bank.uneven or mask is not None and (mask.is_cuda or not bool(mask.all()))
+        if hides or T > 1 or prefill:                 # else one token that sees everything, without a mask
+            real = torch.ones(B, past + T, dtype=torch.bool, device=device) if mask is None else mask.bool()
+            prompt = real.new_ones(B, bank.N) if prefill else bank.valid[cache.layers[0].choice]
+            call.mask, call.real = visible(real, past, prompt), real[:, past:]
+        # idp_attention reads call.mask; the model must only get some 4-D mask, or GPT-2 searches each input for padding.
+        kwargs.update({CACHE: cache}, attention_mask=bank.valid[None, None], position_ids=positions + bank.N, idp=call)
         return (), kwargs
 
     def after_forward(self, model, args, kwargs, output):
-        """Forward hook: a caller who wanted no cache gets none back, or generate(use_cache=False) would go on from it."""
+        """Forward hook: note the choice. Who wanted no cache gets none, or generate(use_cache=False) would go on from it."""
+        if kwargs["idp"].prefill:
+            kwargs[CACHE].layers[0].choice = kwargs["idp"].choice
         if kwargs.get("use_cache") is False and CACHE in output:
             return type(output)(**{name: value for name, value in output.items() if name != CACHE})
 
-    def prompt_columns(self, cache, B, prefill):
-        """(B, N) True where a prompt column may be attended to.
-
-        After the choice this is read off the cache itself, where a short prompt's padding has zero keys: so whatever
-        reorders, repeats or selects the rows of the cache (beam search does) carries it along.
-        """
-        if prefill or len(set(self.bank.lengths)) == 1:
-            return self.bank.valid.new_ones(B, self.bank.N)
-        return cache.layers[0].keys[:, 0, :self.bank.N].ne(0).any(-1)
-
-    def check(self, model, cache, prefill, tokens):
-        """Refuse what would silently lose the prompt, or run past the model's positions or its sliding window."""
-        if not isinstance(cache, DynamicCache):
-            raise ValueError(f"attach_idp needs a DynamicCache, got {type(cache).__name__}")
-        if not prefill and getattr(cache, "idp_bank", None) is not self.bank:
-            raise ValueError("the cache was filled without this prompt bank: prefill under the same attach_idp")
+    def check(self, model, cache, prefill, B, past, T, mask):
+        """Refuse what would lose the prompt or choose by a part of the input, and what has no room."""
+        if type(cache) not in (DynamicCache, PromptCache) or cache.offloading:
+            raise ValueError(f"attach_idp needs a DynamicCache that is not offloaded, got {type(cache).__name__}")
+        if not prefill and (getattr(cache, "mark", None) != self.bank.mark or len(cache.layers[0].choice) != B):
+            raise ValueError("the cache was filled without this prompt bank, not to the end, or not for "
+                             f"{B} rows: prefill under the same attach_idp")
+        if prefill and self.asked and T < self.asked.tokens:
+            raise ValueError(f"prefill_chunk_size: {T} of {self.asked.tokens} input tokens cannot choose for all")
+        if mask is not None and mask.shape != (B, past + T):
+            raise ValueError(f"attention_mask must be (B, past + T) = {(B, past + T)} over real tokens, without the "
+                             f"prompt's columns; got {tuple(mask.shape)}")
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one of the two off")
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        if any(limit and self.bank.N + tokens > limit for limit in limits):
-            raise ValueError(f"{self.bank.N} prompt tokens + {tokens} input tokens exceed the model's limit of "
+        if any(limit and self.bank.N + past + T > limit for limit in limits):
+            raise ValueError(f"{self.bank.N} prompt tokens + {past + T} input tokens exceed the model's limit of "
                              f"{min(filter(None, limits))} positions: shorten the input or the prompts")
+
+    def generate(self, model, plain, args, kwargs):
+        """model.generate within the block: refuse what cannot be right, note the input, then go on as always."""
+        kwargs = by_name(plain, args, kwargs)
+        sources = [vars(config) for config in (model.generation_config, kwargs.get("generation_config")) if config]
+        settings = {name: value for source in (*sources, kwargs) for name, value in source.items() if value is not None}
+        for name, known in GENERATE.items():
+            if settings.get(name) not in known:
+                raise ValueError(f"attach_idp cannot be right with generate({name}={settings[name]!r}): leave it out")
+        if settings.get("use_cache") is False and settings.keys() & {"cache", "past_key_values"}:
+            raise ValueError("generate(use_cache=False) reads every token at each step: give it no cache")
+        inputs = [settings[name] for name in ("inputs_embeds", "inputs", "input_ids") if name in settings]
+        (rows, tokens), before = inputs[0].shape[:2] if inputs else (1, 1), self.asked         # (1, 1): a BOS token
+        full = "attention_mask" in settings and bool(settings["attention_mask"].all())         # later it grows by ones
+        self.asked = SimpleNamespace(rows=rows, tokens=tokens, full=full, choice=None)
+        try:
+            return plain(**kwargs)
+        finally:
+            self.asked = before                            # not None where a model assists itself
+
+
+def by_name(function, args, kwargs):
+    """All arguments by name, as the function itself would bind those given by position."""
+    return dict(**inspect.signature(function).bind_partial(*args).arguments, **kwargs) if args else kwargs
 
 
 def reserve_columns(cache, bank, B):
     """Fill an empty cache with N columns per layer that the attention layers will overwrite with the chosen prompt."""
     for layer, (k, v) in enumerate(zip(bank.keys, bank.values)):
         cache.update(k.new_zeros(B, *k.shape[1:]), v.new_zeros(B, *v.shape[1:]), layer)        # (B, h_kv, N, d_k)
-    cache.idp_bank = bank
+    cache.__class__ = PromptCache                          # in place: the caller may hold this very cache
+    cache.mark, cache.N, cache.layers[0].choice = bank.mark, bank.N, ()                        # (): no row has chosen yet
 
 
 def visible(real, past, prompt):
-    """Who may see whom: prompt columns as given, then real tokens up to oneself.
-
-    real (B, past + T) bool, prompt (B, N) bool -> (B, 1, T, N + past + T) bool, or None when one token sees everything,
-    which lets the kernel skip masking while decoding. Only the CPU looks for that: a GPU would have to wait for the answer.
-    """
+    """Prompt columns as given, then real tokens up to oneself. (B, past + T), (B, N) -> (B, 1, T, N + past + T)."""
     B, total = real.shape
     T = total - past
-    if T == 1 and past > 0 and real.device.type == "cpu" and bool(real.all()) and bool(prompt.all()):
-        return None
     causal = torch.ones(T, total, dtype=torch.bool, device=real.device).tril(past)             # (T, past + T)
     tokens = causal[None, None] & real[:, None, None]                                          # (B, 1, T, past + T)
     return torch.cat([prompt[:, None, None].expand(B, 1, T, -1), tokens], dim=3)
@@ -321,21 +396,33 @@ def attach_idp(model, bank, selector="mean_attention", attention="sdpa", **optio
     oracle: loss=).
     attention: "sdpa" (fast) or "eager" (plain, returns A when output_attentions=True). Gradients flow to inputs and
     weights, and to a bank whose tensors require them; gradient checkpointing is refused.
-    Raises ValueError for an unknown selector or a model whose attention cannot be replaced.
+    A prompt is chosen once per sequence, by the whole input of the first pass or of generate. Within the block:
+    right    model(...) with or without a cache; going on with the cache that a pass or generate returned, its copies,
+             after crop, with rows repeated or selected; an empty DynamicCache of one's own; generate: greedy, sampling,
+             beams, use_cache=False, prompt_lookup_num_tokens, assistant_model
+    refused  other caches (static, quantized, offloaded, filled elsewhere); prefill_chunk_size that splits the input;
+             guidance_scale, token_healing, custom_generate; going on outside the block
+    Raises ValueError for these, an unknown selector or a model whose attention cannot be replaced.
     """
     selector = SELECTORS.get(selector, selector)
     if not callable(selector) or attention not in ("sdpa", "eager"):
         raise ValueError(f"selector {selector!r} must be one of {sorted(SELECTORS)}, attention {attention!r} sdpa or eager")
-    before = model.config._attn_implementation
+    before, plain, own = model.config._attn_implementation, getattr(model, "generate", None), "generate" in vars(model)
+    if before == "idp":
+        raise ValueError("this model is under attach_idp already")
     idp = IDP(bank, selector, attention, options)
     model.set_attn_implementation("idp")
     if model.config._attn_implementation != "idp":         # unsupported classes only warn
         raise ValueError(f"the attention of {type(model).__name__} cannot be replaced")
     hooks = [model.register_forward_pre_hook(idp.before_forward, with_kwargs=True),
              model.register_forward_hook(idp.after_forward, with_kwargs=True)]
+    model.generate = lambda *args, **kwargs: idp.generate(model, plain, args, kwargs)
     try:
         yield idp
     finally:
+        del model.generate
+        if own:
+            model.generate = plain
         for hook in hooks:
             hook.remove()
         model.set_attn_implementation(before)
@@ -351,19 +438,16 @@ def idp_reference(model, prompts, input_ids, attention_mask=None):
     choice (B,).
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    embed, N = model.get_input_embeddings(), max(len(P) for P in prompts)
-    logits, choice = None, []
-    for b, real in enumerate(mask.bool()):
-        ids = input_ids[b, real][None]                                                         # (1, T_b)
-        k = reference_choice(model, prompts, ids)
-        E = torch.cat([prompts[k][None].to(embed.weight), embed(ids)], dim=1)                  # (1, n_k + T_b, d)
-        positions = torch.arange(N - len(prompts[k]), N + ids.shape[1], device=ids.device)[None]
-        out = model(inputs_embeds=E, position_ids=positions, attention_mask=torch.ones_like(positions)).logits
-        if logits is None:
-            logits = out.new_zeros(*input_ids.shape, out.shape[-1])                            # (B, T, V)
-        logits[b, real] = out[0, len(prompts[k]):]
+    embed, N, rows, choice = model.get_input_embeddings(), max(map(len, prompts)), [], []
+    for ids, real in zip(input_ids, mask.bool()):
+        k = reference_choice(model, prompts, ids[real][None])
+        E = torch.cat([prompts[k].to(embed.weight), embed(ids[real])])[None]                   # (1, n_k + T_b, d)
+        positions = torch.arange(N - len(prompts[k]), N + int(real.sum()), device=ids.device)[None]
+        out = model(inputs_embeds=E, position_ids=positions, attention_mask=torch.ones_like(positions)).logits[0]
+        rows.append(out.new_zeros(len(ids), out.shape[-1]))                                    # (T, V)
+        rows[-1][real] = out[len(prompts[k]):]
         choice.append(k)
-    return logits, torch.tensor(choice, device=input_ids.device)
+    return torch.stack(rows), torch.tensor(choice, device=input_ids.device)
 
 
 def reference_choice(model, prompts, ids):
@@ -385,21 +469,17 @@ def demo():
     """Tiny random LLaMA, three prompts of unequal length, a padded batch: predict, then show."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0)
+    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     prompts = [torch.randn(n, 64) for n in (4, 6, 8)]
     ids, mask = torch.randint(1, 100, (5, 12)), torch.ones(5, 12, dtype=torch.long)
-    mask[0, 8:] = 0                                        # a shorter sequence, padded on the right
-    mask[1, :4] = 0                                        # and one padded on the left
-
-    bank = PromptBank.from_prompts(model, prompts)
-    with attach_idp(model, bank) as idp:
+    mask[0, 8:] = mask[1, :4] = 0                          # two shorter sequences, padded right and left
+    with attach_idp(model, PromptBank.from_prompts(model, prompts)) as idp:
         logits = model(ids, attention_mask=mask).logits    # (5, 12, 100)
     expected, choice = idp_reference(model, prompts, ids, mask)
     print("mean attention to each prompt, one row per sequence:\n", idp.scores)
-    print("chosen, fused pass:    ", idp.choice.tolist())
-    print("chosen, slow reference:", choice.tolist())
+    print(f"chosen, fused pass:     {idp.choice.tolist()}\nchosen, slow reference: {choice.tolist()}")
     error = ((logits - expected) * mask[..., None]).abs().max().item()
     print(f"largest difference of logits: {error:.1e}  (the law: below 1e-5)")
 

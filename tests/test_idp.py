@@ -1,5 +1,6 @@
 """The law of IDP: the fused pass equals running each input with its chosen prompt alone, on every architecture."""
 import copy
+import inspect
 import subprocess
 import sys
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from transformers import DynamicCache, StaticCache
+
+import idp_minimal
 from choosing import prompt_losses
 from conftest import ROOT, tiny_model
 from idp_minimal import (CACHE, SELECTORS, PromptBank, attach_idp, attention_to_prompts, idp_reference, prompt_cache,
@@ -177,9 +181,9 @@ def test_causal(any_model):
 
 # --- generation ------------------------------------------------------------------------------------------------------------
 
-def greedy_from_scratch(model, prompts, ids, mask, tokens):
+def greedy_from_scratch(model, prompts, ids, mask, tokens, choice=None):
     """Recompute everything for every token: the prompt chosen at prefill, as embeddings, no cache."""
-    _, choice = idp_reference(model, prompts, ids, mask)
+    choice = idp_reference(model, prompts, ids, mask)[1] if choice is None else choice
     embed, N, rows = model.get_input_embeddings(), max(map(len, prompts)), []
     for b, k in enumerate(choice.tolist()):
         row = ids[b, mask[b].bool()][None]
@@ -207,21 +211,184 @@ def test_greedy_generation(any_model):
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize("how", [dict(num_beams=3), dict(do_sample=True), dict(num_beams=2, do_sample=True)])
+@pytest.mark.parametrize("how", [dict(num_beams=3), dict(do_sample=True), dict(num_beams=2, do_sample=True), dict()])
 def test_sampling_and_beams_agree_with_no_cache(name, how):
-    """The cached generation equals one that recomputes the whole sequence, choice included, at each step."""
+    """The cached generation equals one that recomputes the whole sequence at each step, with the choice of the input."""
     model = without_eos(tiny_model(name))
     bank, (ids, mask) = PromptBank.from_prompts(model, make_prompts(model)), make_batch(side="left")
     with attach_idp(model, bank) as idp:
         model(ids, attention_mask=mask)
-        choice = idp.choice.repeat_interleave(how.get("num_beams", 1))
-        torch.manual_seed(0)
-        cached = model.generate(ids, attention_mask=mask, max_new_tokens=5, **how)
-    oracle = -F.one_hot(choice, bank.m).float()            # the same choice, kept at every recomputation
-    with attach_idp(model, bank, "oracle", loss=oracle):
-        torch.manual_seed(0)
-        recomputed = model.generate(ids, attention_mask=mask, max_new_tokens=5, use_cache=False, **how)
-    assert cached.tolist() == recomputed.tolist()
+        choice = idp.choice
+        texts = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            texts.append(model.generate(ids, attention_mask=mask, max_new_tokens=5, use_cache=use_cache, **how))
+            assert idp.choice.tolist() == choice.tolist()
+    assert texts[0].tolist() == texts[1].tolist()
+
+
+def test_added_tokens_would_change_the_choice():
+    """So that the tests of use_cache=False and of several turns prove something."""
+    model = without_eos(tiny_model("llama"))
+    ids, _ = make_batch(B=24, T=4, side="none")
+    with attach_idp(model, PromptBank.from_prompts(model, make_prompts(model))) as idp:
+        text = model.generate(ids, max_new_tokens=8, use_cache=False, do_sample=False)
+        choice = idp.choice
+        model(text)
+    assert idp.choice.tolist() != choice.tolist()
+
+
+@pytest.mark.parametrize("how", [dict(), dict(num_beams=2), dict(do_sample=True, num_return_sequences=2)])
+def test_a_random_choice_is_made_once(how):
+    """One prompt for each input, for all its beams, with a cache or without."""
+    model = without_eos(tiny_model("llama"))
+    bank, (ids, mask) = PromptBank.from_prompts(model, make_prompts(model)), make_batch(side="left")
+    texts = []
+    for use_cache in (True, False):
+        with attach_idp(model, bank, "random", generator=torch.Generator().manual_seed(3)) as idp:
+            torch.manual_seed(0)
+            texts.append(model.generate(ids, attention_mask=mask, max_new_tokens=4, use_cache=use_cache, **how))
+            assert idp.choice.shape == (6,) and len(set(idp.choice.tolist())) > 1
+    assert texts[0].tolist() == texts[1].tolist()
+
+
+def turns(model, ids, mask, more, **how):
+    """Two turns over one cache: generate, add `more` (B, n), generate. -> the text before and after the second."""
+    first = model.generate(ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True, do_sample=False, **how)
+    text = torch.cat([first.sequences, more], 1)
+    mask = torch.cat([mask, mask.new_ones(len(mask), text.shape[1] - mask.shape[1])], 1)
+    second = model.generate(text, attention_mask=mask, max_new_tokens=4, do_sample=False, **{CACHE: first[CACHE]})
+    return text, mask, second
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_several_turns(any_model, side):
+    """The second generate goes on with the choice of the first; so does one on a copy of the cache."""
+    prompts, (ids, mask) = make_prompts(any_model), make_batch(side=side)
+    with attach_idp(any_model, PromptBank.from_prompts(any_model, prompts)):
+        text, whole, out = turns(without_eos(any_model), ids, mask, make_batch(T=3, side="none", seed=1)[0])
+    choice = idp_reference(any_model, prompts, ids, mask)[1]
+    assert out[:, -4:].tolist() == greedy_from_scratch(any_model, prompts, text, whole, 4, choice)[0].tolist()
+
+
+def go_on(model, cache, ids):
+    return model(ids, **{CACHE: cache}, use_cache=True).logits
+
+
+def select(cache, rows):
+    """As evaluate.py:rows_of does."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    part.batch_select_indices(rows)
+    return part
+
+
+MOVES = {"copy": lambda c: copy.copy(c), "deepcopy": lambda c: copy.deepcopy(c), "select": lambda c: select(c, ROWS),
+         "reorder": lambda c: c.reorder_cache(ROWS), "select here": lambda c: c.batch_select_indices(ROWS),
+         "repeat": lambda c: c.batch_repeat_interleave(2), "crop": lambda c: c.crop(-2)}
+ROWS = torch.tensor([5, 3, 3, 0])
+
+
+@pytest.mark.parametrize("move", sorted(MOVES))
+@pytest.mark.parametrize("name", ["llama", "mistral", "opt", "gpt2"])
+def test_the_choice_follows_its_rows(name, move):
+    """Whatever moves the rows of a cache, or shortens it, going on equals one pass with the choice of each row."""
+    model = tiny_model(name)
+    prompts, (ids, _) = make_prompts(model), make_batch(T=7, side="none")
+    bank, more = PromptBank.from_prompts(model, prompts), make_batch(T=3, side="none", seed=1)[0]
+    rows = {"select": ROWS, "reorder": ROWS, "select here": ROWS, "repeat": torch.arange(6).repeat_interleave(2)}
+    rows = rows.get(move, torch.arange(6))
+    with attach_idp(model, bank) as idp:
+        cache = DynamicCache(config=model.config)
+        model(ids, **{CACHE: cache})                       # a cache of the caller's own is filled
+        whole, choice = copy.deepcopy(cache), idp.choice[rows]
+        cache = MOVES[move](cache) or cache
+        assert len(set(choice.tolist())) > 1 and cache.get_seq_length() == (5 if move == "crop" else 7)
+        logits = go_on(model, cache, more[rows])
+        assert cache.layers[0].choice.tolist() == choice.tolist()
+        again = go_on(model, whole, more)                  # the copy from before is as it was
+    text = torch.cat([ids[rows, :cache.get_seq_length() - 3], more[rows]], 1)
+    with attach_idp(model, bank, "oracle", loss=-F.one_hot(choice, bank.m).float()):
+        assert_same(logits, model(text).logits[:, -3:], torch.ones_like(more[rows]))
+    with attach_idp(model, bank, "oracle", loss=-F.one_hot(idp.choice, bank.m).float()):
+        assert_same(again, model(torch.cat([ids, more], 1)).logits[:, -3:], torch.ones_like(more))
+
+
+def test_a_reset_cache_chooses_anew(any_model):
+    bank, (ids, _) = PromptBank.from_prompts(any_model, make_prompts(any_model)), make_batch(side="none")
+    with attach_idp(any_model, bank):
+        cache = any_model(ids, use_cache=True)[CACHE]
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(go_on(any_model, cache, ids.flip(0)), any_model(ids.flip(0)).logits)
+
+
+@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "assistant_model", "itself"])
+def test_assisted_decoding(any_model, how):
+    """The first pass holds guesses beside the input: they have no say in the choice."""
+    prompts, model = make_prompts(any_model), without_eos(any_model)
+    bank, assistant = PromptBank.from_prompts(model, prompts), without_eos(tiny_model("llama", seed=1))
+    extra = {"prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
+             "assistant_model": {"assistant_model": assistant}, "itself": {"assistant_model": model}}[how]
+    for row in range(3):
+        ids = make_batch(B=1, T=4, side="none", seed=row)[0].repeat(1, 2)                      # repeats: something to look up
+        with attach_idp(model, bank) as idp:
+            out = model.generate(ids, max_new_tokens=8, do_sample=False, **extra)
+        expected, choice = greedy_from_scratch(model, prompts, ids, torch.ones_like(ids), 8)
+        assert idp.choice.tolist() == choice.tolist() and out[:, -8:].tolist() == expected.tolist()
+
+
+def test_zero_keys_are_not_padding():
+    """A pruned head whose keys are all zero leaves the passes after the first as they should be."""
+    model = tiny_model("llama")
+    model.model.layers[0].self_attn.k_proj.weight[:8] = 0
+    bank, (ids, _) = PromptBank.from_prompts(model, make_prompts(model)), make_batch(side="none")
+    with attach_idp(model, bank) as idp:
+        cache = model(ids[:, :6], use_cache=True)[CACHE]
+        logits, choice = go_on(model, cache, ids[:, 6:]), idp.choice
+    with attach_idp(model, bank, "oracle", loss=-F.one_hot(choice, bank.m).float()):
+        assert_same(logits, model(ids).logits[:, 6:], torch.ones_like(ids[:, 6:]))
+
+
+def test_long_chunks_at_prefill_and_short_ones_later():
+    """prefill_chunk_size may split a later turn, not the input that chooses."""
+    model = without_eos(tiny_model("llama"))
+    prompts, (ids, mask) = make_prompts(model), make_batch(side="left")
+    more, bank = make_batch(T=9, side="none", seed=1)[0], PromptBank.from_prompts(model, prompts)
+    with attach_idp(model, bank):
+        text, whole, out = turns(model, ids, mask, more, prefill_chunk_size=10)
+        with pytest.raises(ValueError, match="prefill_chunk_size: 4 of 10"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=2, prefill_chunk_size=4)
+    choice = idp_reference(model, prompts, ids, mask)[1]
+    assert out[:, -4:].tolist() == greedy_from_scratch(model, prompts, text, whole, 4, choice)[0].tolist()
+
+
+@pytest.mark.parametrize("lengths, side, masked", [((4, 4), "none", False), ((4, 4), "left", True), ((3, 4), "none", True)])
+def test_no_mask_where_nothing_is_hidden(any_model, lengths, side, masked, monkeypatch):
+    """A step of generate has no mask, which rules fast kernels out, unless padding or a short prompt needs it."""
+    masks, kernel = [], idp_minimal.sdpa_attention_forward
+    spy = lambda module, q, k, v, mask, **more: masks.append((q.shape[2], mask)) or kernel(module, q, k, v, mask, **more)
+    monkeypatch.setattr(idp_minimal, "sdpa_attention_forward", spy)
+    prompts, (ids, mask) = make_prompts(any_model, lengths), make_batch(side=side)
+    with attach_idp(any_model, PromptBank.from_prompts(any_model, prompts)):
+        without_eos(any_model).generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    steps = [mask is not None for T, mask in masks if T == 1]
+    assert len(steps) == 2 * any_model.config.num_hidden_layers and set(steps) == {masked}
+
+
+def test_a_mask_of_ones_and_then_zeros(any_model):
+    """A loop of one's own may hide a token at any time: equal to a pass with that mask."""
+    bank, (ids, _) = PromptBank.from_prompts(any_model, make_prompts(any_model, (4, 4))), make_batch(side="none")
+    holes = torch.ones_like(ids)
+    holes[:, 2] = 0
+    with attach_idp(any_model, bank, "fixed"):
+        cache = any_model(ids[:, :9], use_cache=True)[CACHE]
+        positions = torch.full((6, 1), 9)
+        step = lambda mask: any_model(ids[:, 9:], attention_mask=mask, position_ids=positions,
+                                      **{CACHE: copy.deepcopy(cache)}).logits
+        plain, hidden, ones = step(None), step(holes), step(torch.ones_like(ids))
+        assert_same(plain, any_model(ids).logits[:, 9:], torch.ones_like(ids[:, 9:]))
+    assert torch.equal(plain, ones) and (plain - hidden).abs().max() > 1e-3
 
 
 def test_losers_leave_the_cache(any_model):
@@ -265,7 +432,6 @@ def test_gradients_flow_to_a_bank_and_to_weights():
     assert bank.keys[0].grad.abs().sum() > 0
     with torch.no_grad():
         prefix = copy.deepcopy(prompt_cache(model, P, 4))
-    from transformers import DynamicCache
     cache = DynamicCache([(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1)) for k, v in prefix])
     model(ids, **{CACHE: cache}, labels=ids).loss.backward()
     assert torch.allclose(fused, weight.grad, atol=1e-6)
@@ -296,6 +462,138 @@ def test_refusals():
         model(ids)
 
 
+@pytest.mark.parametrize("last", ["attention_mask", "position_ids"])
+def test_arguments_by_position(any_model, last):
+    """They bind as in the plain model, whose order differs: GPT-2 takes the cache second."""
+    prompts, (ids, mask) = make_prompts(any_model), make_batch()
+    names = list(inspect.signature(any_model.forward).parameters)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    expected, choice = idp_reference(any_model, prompts, ids, mask)
+    with attach_idp(any_model, PromptBank.from_prompts(any_model, prompts)) as idp:
+        position = names[:max(names.index(name) for name in ("input_ids", "attention_mask", last)) + 1]
+        logits = any_model(*(given.get(name) for name in position)).logits
+        with pytest.raises(TypeError, match="multiple values"):
+            any_model(ids, input_ids=ids)
+    assert idp.choice.tolist() == choice.tolist()
+    assert_same(logits, expected, mask)
+
+
+def test_attention_features(any_model):
+    """What models hand on to attention is understood or refused by name, never dropped."""
+    prompts, (ids, mask) = make_prompts(any_model), make_batch()
+    expected, _ = idp_reference(any_model, prompts, ids, mask)
+    with attach_idp(any_model, PromptBank.from_prompts(any_model, prompts), attention="eager"):
+        out = any_model(ids, attention_mask=mask, labels=ids, num_items_in_batch=torch.tensor(9), use_cache=True,
+                        output_attentions=True, output_hidden_states=True, return_dict=True, softcap=None)
+        for name, value in {"softcap": 30.0, "s_aux": torch.zeros(4), "is_causal": False}.items():
+            with pytest.raises(ValueError, match=f"does not know what .*{name}"):
+                any_model(ids, attention_mask=mask, **{name: value})
+    assert_same(out.logits, expected, mask)
+    assert len(out.attentions) == any_model.config.num_hidden_layers and out.loss.isfinite()
+
+
+def test_room(any_model):
+    """128 positions: 8 prompt and 120 input tokens fit, one more does not, and the words say the numbers."""
+    bank = PromptBank.from_prompts(any_model, make_prompts(any_model))
+    with attach_idp(any_model, bank):
+        assert any_model(torch.full((1, 120), 5)).logits.isfinite().all()
+        with pytest.raises(ValueError, match="8 prompt tokens .* 121 input tokens exceed the model's limit of 128"):
+            any_model(torch.full((1, 121), 5))
+        cache = any_model(torch.full((1, 119), 5), use_cache=True)[CACHE]
+        go_on(any_model, cache, torch.full((1, 1), 5))
+        with pytest.raises(ValueError, match="8 prompt tokens .* 121 input tokens"):
+            go_on(any_model, cache, torch.full((1, 1), 5))
+
+
+def test_the_window_is_room_too():
+    """A sliding window as long as prompt and input is seen whole; one token more would push the prompt out."""
+    model = tiny_model("mistral")
+    prompts, (ids, mask) = make_prompts(model), make_batch(side="none")
+    bank = PromptBank.from_prompts(model, prompts)
+    expected, _ = idp_reference(model, prompts, ids, mask)                                     # before the window is short
+    model.config.sliding_window = 18
+    with attach_idp(model, bank):
+        cache = DynamicCache(config=model.config)
+        assert_same(model(ids, **{CACHE: cache}).logits, expected, mask)
+        with pytest.raises(ValueError, match="limit of 18 positions"):
+            go_on(model, cache, ids[:, :1])
+
+
+def test_prompts_must_be_finite():
+    model = tiny_model("llama")
+    prompts = make_prompts(model)
+    for value in (float("nan"), float("inf")):
+        prompts[1][2, 3] = value
+        with pytest.raises(ValueError, match="prompts must be finite numbers in .*float32"):
+            PromptBank.from_prompts(model, prompts)
+    prompts[1][2, 3] = 1e30                                # fits float32, not float16
+    PromptBank.from_prompts(model, prompts)
+    with pytest.raises(ValueError, match="finite numbers in .*float16"):
+        PromptBank.from_prompts(model.half(), prompts)
+
+
+class OwnCache(DynamicCache):
+    """A cache class that attach_idp cannot know."""
+
+
+@pytest.mark.parametrize("how", ["static", "offloaded", "quantized", "paged"])
+def test_cache_implementations_are_refused(how):
+    model = tiny_model("llama")
+    with attach_idp(model, PromptBank.from_prompts(model, make_prompts(model))):
+        with pytest.raises(ValueError, match="cache_implementation"):
+            model.generate(make_batch()[0], max_new_tokens=2, cache_implementation=how)
+        model.generation_config.cache_implementation = how
+        with pytest.raises(ValueError, match="cache_implementation"):
+            model.generate(make_batch()[0], max_new_tokens=2)
+
+
+def test_refusals_of_caches_and_generate():
+    """Each in words, and before the model computes anything."""
+    model = tiny_model("llama")
+    bank, (ids, _) = PromptBank.from_prompts(model, make_prompts(model)), make_batch(side="none")
+    other = PromptBank.from_prompts(model, make_prompts(model))
+    with attach_idp(model, bank):
+        cache = model(ids, use_cache=True)[CACHE]
+        passes = []
+        hook = model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+        for bad in (OwnCache(), StaticCache(config=model.config, max_cache_len=32)):
+            with pytest.raises(ValueError, match=f"needs a DynamicCache .* got {type(bad).__name__}"):
+                go_on(model, bad, ids)
+        for extra in (dict(guidance_scale=2.0), dict(token_healing=True), dict(custom_generate=print),
+                      dict(trust_remote_code=True), {"use_cache": False, CACHE: cache}):
+            with pytest.raises(ValueError, match="|".join(extra)):
+                model.generate(ids, max_new_tokens=2, **extra)
+        within = lambda text, scores: scores + go_on(model, None, text)[:, -1]                 # a processor that runs the model
+        with pytest.raises(ValueError, match="second input within one generate"):
+            model.generate(ids, max_new_tokens=2, logits_processor=[within])
+        passes.clear()                                     # the input itself had its pass
+        for gone in (-10, -11, 3):
+            with pytest.raises(ValueError, match="crop takes -n"):
+                cache.crop(gone)
+        with pytest.raises(ValueError, match="for 2 rows"):
+            go_on(model, cache, ids[:2])
+        with pytest.raises(ValueError, match="already"), attach_idp(model, bank):
+            pass
+        hook.remove()
+        assert not passes
+    with pytest.raises(ValueError, match="go on under attach_idp"):
+        go_on(model, cache, ids)
+    with attach_idp(model, other), pytest.raises(ValueError, match="without this prompt bank"):
+        go_on(model, cache, ids)
+    with attach_idp(model, bank):                          # the same bank, attached again
+        go_on(model, cache, ids)
+
+
+def test_a_pass_that_failed_leaves_no_cache_to_go_on_with():
+    model = tiny_model("llama")
+    with attach_idp(model, PromptBank.from_prompts(model, make_prompts(model))):
+        cache, ids = DynamicCache(), make_batch()[0]
+        with pytest.raises(ValueError, match="softcap"):
+            model(ids, **{CACHE: cache}, softcap=1.0)
+        with pytest.raises(ValueError, match="not to the end"):
+            go_on(model, cache, ids)
+
+
 def test_model_is_left_as_it_was(any_model):
     ids, mask = make_batch()
     before = any_model(ids, attention_mask=mask).logits
@@ -303,7 +601,7 @@ def test_model_is_left_as_it_was(any_model):
     with pytest.raises(ZeroDivisionError), attach_idp(any_model, PromptBank.from_prompts(any_model, make_prompts(any_model))):
         any_model(ids, attention_mask=mask)
         1 / 0
-    assert any_model.config._attn_implementation == implementation
+    assert any_model.config._attn_implementation == implementation and "generate" not in vars(any_model)
     assert torch.equal(any_model(ids, attention_mask=mask).logits, before)
 
 
@@ -331,6 +629,26 @@ def test_half_precision_chooses_like_single():
         logits = model(ids, attention_mask=mask).logits
     assert logits.dtype == torch.bfloat16
     assert (idp.choice == single).float().mean() >= 0.8    # near-ties may flip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not torch.version.cuda, reason="needs a CUDA device of CUDA's own")
+@pytest.mark.parametrize("lengths", [(4, 4, 4), LENGTHS])
+@pytest.mark.parametrize("selector", ["mean_attention", "total_attention", "max_attention", "last_token", "random", "fixed"])
+def test_the_host_never_waits_on_cuda(selector, lengths):
+    """Neither to choose nor at a later token, as long as the loop itself asks nothing of the device."""
+    model = tiny_model("llama")
+    prompts = [P.to("cuda") for P in make_prompts(model, lengths)]
+    bank = PromptBank.from_prompts(model.to("cuda"), prompts)
+    ids = make_batch(side="none")[0].to("cuda")
+    with attach_idp(model, bank, selector):
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            out = model(ids, use_cache=True)
+            for _ in range(3):
+                out = model(out.logits[:, -1:].argmax(-1), **{CACHE: out[CACHE]}, use_cache=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert out.logits.isfinite().all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
