@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-import choosing
 import evaluate
-import loading
 from conftest import tiny_model
+from experiments import choosing
 from idp_minimal import PromptBank, attach_idp
-from methods import SoftPrompts
+from methods.prompts import SoftPrompts
+from support import cli
+from support.models import load_model
 
 ROWS = [{"context": context, "choices": ["baker", "sailor", "weaver"], "answer": i % 3, "id": str(i)}
         for i, context in enumerate(["Mira Olsen works as a", "Question : What is the trade of Otto Holm ? Answer :", "The trade of Liv Berg"])]
@@ -20,7 +21,7 @@ ROWS = [{"context": context, "choices": ["baker", "sailor", "weaver"], "answer":
 @pytest.fixture(scope="module")
 def toy():
     """The toy model, its tokenizer and a set of three prompts of unequal lengths."""
-    model, tokenizer = loading.load_model("toy")
+    model, tokenizer = load_model("toy")
     method = SoftPrompts(model, [2, 3, 5], seed=1)
     with torch.no_grad():
         for P in method.prompts:
@@ -98,7 +99,7 @@ def test_planted_rows_differ_by_trigger_only():
 
 def test_a_prompt_can_learn_its_trigger_and_a_longer_one_cannot_learn_both():
     """The planted case is worth its name: with the right prompt chosen it is easy, with one prompt for all it is not."""
-    model, tokenizer = loading.load_model("toy")
+    model, tokenizer = load_model("toy")
     args = argparse.Namespace(prompt_length=8, steps=100, batch_size=16)
     result = choosing.planted(model, tokenizer, args, seed=0)
     assert result["the trigger's own prompt"][0] > 0.9 and result["the trigger's own prompt"][1] == 1.0
@@ -107,6 +108,8 @@ def test_a_prompt_can_learn_its_trigger_and_a_longer_one_cannot_learn_both():
 
 def test_intervals_over_seeds():
     assert choosing.interval([1.0, 3.0], "{:.2f}".format) == "2.00 [-10.71, 14.71]"     # t_{0.975, 1} = 12.706
+    eleven = choosing.interval([float(i) for i in range(11)], "{:.3f}".format)
+    assert eleven == "5.000 [2.772, 7.228]", "5 +- 2.2281 sd / sqrt(11), sd = sqrt(11): t beyond 10 seeds too"
     assert choosing.interval([0.5], choosing.percent) == "50.0" and choosing.interval([None, None], choosing.percent) == "-"
 
 
@@ -115,7 +118,7 @@ def test_intervals_over_seeds():
     (["--batch-size", "6"], "--batch-size"), (["--seeds", "0"], "--seeds"), (["--tasks", ""], "--tasks")])
 def test_a_mistake_is_one_line(flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
-        loading.run(lambda: choosing.main(flags))
+        cli.run(lambda: choosing.main(flags))
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(err) == 1 and word in err[0]
 

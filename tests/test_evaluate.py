@@ -1,5 +1,6 @@
 """Scores equal their definitions written out longhand, whatever the batch, the padding or the prompts; a mistake is one line."""
 import contextlib
+import copy
 import importlib.util
 import json
 import math
@@ -12,13 +13,15 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-import loading
-import uncertainty
 from conftest import tiny_model
-from evaluate import continuation_scores, encode_pair, multiple_choice, open_answer, perplexity, word_perplexity
+from evaluate import multiple_choice, open_answer, perplexity
 from idp_minimal import PromptBank, attach_idp
-from loading import UserError
-from uncertainty import bootstrap, compare, mcnemar
+from support import cli
+from support.cli import UserError
+from support.files import read_jsonl
+from support.models import load_model
+from support import scoring
+from support.scoring import continuation_scores, encode_pair, word_perplexity
 
 
 class Tokenizer:
@@ -69,6 +72,75 @@ def test_perplexity_is_gptqs_definition_longhand():
         perplexity(model, ids[:1], seqlen)
 
 
+@pytest.mark.parametrize("context", [1, 4, 8])
+def test_perplexity_behind_a_context_longhand(context, any_model):
+    """Each scored token's loss from a full pass over the chunk up to it; what comes before `context` is not scored."""
+    ids = torch.randint(3, 97, (31,), generator=torch.Generator().manual_seed(0))
+    losses = evaluate.chunk_losses(any_model, ids, 9, batch_size=2, context=context)
+    assert len(losses) == 3
+    for chunk, loss in zip(ids[:27].view(3, 9), losses):
+        by_hand = [F.cross_entropy(any_model(chunk[None, :t]).logits[0, -1], chunk[t]) for t in range(context, 9)]
+        assert loss == pytest.approx(torch.stack(by_hand).mean().item(), abs=1e-4)
+
+
+def test_what_is_scored_does_not_choose_the_prompt():
+    """Changing scored tokens changes no choice, and every scored token is read under the prompt that its context chose."""
+    model = tiny_model("llama")
+    bank = PromptBank.from_prompts(model, [3 * torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (3, 5, 8)])
+    ids = torch.randint(3, 97, (40, 12), generator=torch.Generator().manual_seed(0))
+    with attach_idp(model, bank) as idp:
+        evaluate.scored_part(model, ids, 4)
+        choice = idp.choice
+        assert len(set(choice.tolist())) > 1
+        changed = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], dim=1)
+        evaluate.scored_part(model, changed, 4)
+        assert torch.equal(idp.choice, choice)
+        model(ids[:, :4])
+        logits, targets = evaluate.scored_part(model, ids, 4)
+    assert torch.equal(targets, ids[:, 4:])
+    for b, k in enumerate(choice.tolist()):
+        with attach_idp(model, bank, "fixed", k=k):
+            assert torch.allclose(logits[b], model(ids[b:b + 1]).logits[0, 3:-1], atol=1e-4)
+
+
+def test_a_batch_holds_so_many_tokens_and_no_more(monkeypatch):
+    """Padding and the context that each continuation carries count; results do not depend on the cap."""
+    model, generator = tiny_model("llama"), torch.Generator().manual_seed(0)
+    groups = [(torch.randint(3, 97, (n,), generator=generator).tolist(), [[5, 6, 7], [8], [9, 10]]) for n in (3, 30, 31, 29, 4, 60)]
+    free = continuation_scores(model, groups)
+    sizes = []
+    monkeypatch.setattr(scoring, "TOKENS", 70)
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, *args, **kwargs: (
+        sizes.append(kwargs["attention_mask"].numel()), forward(self, *args, **kwargs))[1])
+    capped = continuation_scores(model, groups)
+    assert max(sizes) <= 70
+    for a, b in zip(free, capped):
+        assert [score for score, _ in a] == pytest.approx([score for score, _ in b], abs=1e-4)
+
+
+def test_greedy_is_greedy_whatever_a_folder_says():
+    """repetition_penalty, stop_strings, num_return_sequences of a generation_config do not reach the answers."""
+    model, tokenizer = load_model("toy")
+    contexts = ["Question: Where was Mira Olsen born? Answer:", "The trade of"]
+    plain = evaluate.completions(model, tokenizer, contexts)
+    for name, value in (("repetition_penalty", 1.5), ("stop_strings", ["a"]), ("num_return_sequences", 3), ("num_beams", 2)):
+        before = model.generation_config
+        model.generation_config = copy.deepcopy(before)
+        setattr(model.generation_config, name, value)
+        assert evaluate.completions(model, tokenizer, contexts) == plain
+        model.generation_config = before
+
+
+def test_a_model_that_gives_no_numbers_gets_no_row():
+    model, tokenizer = load_model("toy")
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="not a number"):
+        perplexity(model, torch.arange(20), 10)
+    with pytest.raises(UserError, match="not a number"):
+        multiple_choice(model, tokenizer, [{"context": "The pet of", "choices": ["cat", "dog"], "answer": 0}])
+
+
 class Uniform(torch.nn.Module):
     """Every token equally likely."""
     config, device = types.SimpleNamespace(max_position_embeddings=32), "cpu"
@@ -84,7 +156,7 @@ def test_uniform_perplexity_is_the_vocabulary():
 @pytest.mark.parametrize("n, limit", [(5, 8), (8, 8), (9, 8), (25, 8), (16, 8), (1, 8), (7, 1)])
 def test_rolling_windows_predict_every_token_once_with_all_the_context_there_is(n, limit):
     ids = list(range(100, 100 + n))
-    windows = evaluate.rolling_windows(ids, 1, limit)
+    windows = scoring.rolling_windows(ids, 1, limit)
     assert [token for _, right in windows for token in right] == ids
     text = [1] + ids
     for left, right in windows:
@@ -109,7 +181,7 @@ def test_word_perplexity_longhand():
 def test_token_scores_in_pieces_equal_log_softmax():
     logits, target = torch.randn(3, 4, 11), torch.randint(11, (3, 4))
     target[0, 0] = logits[0, 0].argmax()
-    logp, greedy = evaluate.token_scores(logits, target, tokens=5)
+    logp, greedy = scoring.token_scores(logits, target, tokens=5)
     assert torch.allclose(logp, logits.log_softmax(-1).gather(2, target[..., None])[..., 0], atol=1e-6)
     assert torch.equal(greedy, logits.argmax(-1) == target) and greedy.any()
 
@@ -237,6 +309,18 @@ def test_open_answers_are_normalised(completion, right):
 
 def test_normalise():
     assert evaluate.normalise("  The  U.S.A. and an Ápple-pie ") == "usa and ápplepie"
+    kept = {"The": "the", "A.": "a", "? ": "?", " the  A": "the a", "": "", " ": ""}
+    assert {text: evaluate.normalise(text) for text in kept} == kept
+
+
+@pytest.mark.parametrize("completion, alias, right", [
+    ("", "A", False), ("", "", False), ("", "The", False), (" \n", "?", False), (".", "A", False),
+    ("?", "!", False), ("the", "A", False), ("A", "A", True), (" a.", "A", True), ("(A)", "A", True),
+    ("A, not B", "A", True), ("The", "The", True), ("?", "?", True), ("!?", "!?", True),
+    ("the cat", "cat", True)])
+def test_nothing_matches_nothing(completion, alias, right):
+    """Normalising "A", "The" or "?" must not leave nothing, which an empty completion would equal."""
+    assert evaluate.answer_matches(completion, [alias]) is right
 
 
 @pytest.mark.parametrize("context, asks", [
@@ -284,79 +368,6 @@ def test_last_words_count_any_alias_that_is_the_greedy_continuation():
     assert open_answer(model, TOKENIZER, rows, batch_size=3)["correct"] == expected
 
 
-# --- uncertainty --------------------------------------------------------------------------------------------------------------------
-
-def test_mcnemar_by_hand():
-    a, b = [1, 1, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 1, 1, 0]           # five only a, one only b: 2 (C(6,0) + C(6,1)) / 2^6
-    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(14 / 64)
-    assert mcnemar(a, a) == 1.0 and mcnemar([], []) == 1.0, "nothing discordant: nothing shown"
-    assert mcnemar([1] * 4000, [0] * 4000) < 1e-300 or mcnemar([1] * 4000, [0] * 4000) == 0.0, "no overflow"
-
-
-def test_bootstrap():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
-    low, high = bootstrap(values)
-    mean, half = values.mean().item(), 1.96 * values.std().item() / 20                    # the normal interval of a mean of 400
-    assert low == pytest.approx(mean - half, abs=0.02) and high == pytest.approx(mean + half, abs=0.02)
-    assert bootstrap([0.25] * 9) == (0.25, 0.25) and bootstrap(values) == (low, high), "the seed decides"
-
-
-def run_folder(folder, rows):
-    """A results.json with its items.json. rows: {row: {name: (fingerprint, values)}} -> its path."""
-    loading.write_json(folder / "items.json", {
-        row: {name: {"data": data, "values": values} for name, (data, values) in items.items()} for row, items in rows.items()})
-    loading.write_json(folder / "results.json", {"rows": []})
-    return folder / "results.json"
-
-
-def test_compare_pairs_items(tmp_path):
-    x, loss = [True] * 6 + [False] * 4, [1.0, 2.0, 3.0]
-    a = run_folder(tmp_path / "a", {"dense": {"loss": ("f", loss), "arc": ("f", x)}})
-    b = run_folder(tmp_path / "b", {"idp": {"loss": ("f", [v + 0.5 for v in loss]), "arc": ("f", [False] * 10)}})
-    lines = compare(a, b)
-    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
-    assert {len(row) for row in cells} == {10}, "every line has every column"
-    ppl, arc = cells[2:]
-    assert ppl[:4] == ["dense", "idp", "ppl (log difference)", "3"] and ppl[6:] == ["+0.500", "+0.500 .. +0.500", "-", "yes"]
-    assert arc[2:7] == ["arc", "10", "0.600", "0.000", "-0.600"] and arc[8] == f"{2 / 2 ** 6:.3g}" and arc[9] == "yes"
-
-
-def test_compare_says_what_it_cannot_pair(tmp_path):
-    a = run_folder(tmp_path / "a", {"dense": {"loss": ("f", [1.0]), "arc": ("f", [True, False]), "sciq": ("f", [True])}})
-    b = run_folder(tmp_path / "b", {"idp": {"loss": ("f", [1.0]), "arc": ("g", [True, False]), "piqa": ("f", [True])}})
-    notes = [line for line in compare(a, b) if line.startswith("Not compared")]
-    assert len(notes) == 3 and "arc: not the same items (2 in dense of A, 2 in idp of B)" in notes[0]
-    assert "sciq: only dense of A" in notes[1] and "piqa: only idp of B" in notes[2]
-
-
-def test_compare_one_file_with_itself_and_nothing_discordant(tmp_path):
-    items = {"loss": ("f", [1.0, 2.0]), "arc": ("f", [True, False])}
-    path = run_folder(tmp_path, {"dense": items, "compressed": items, "idp": items})
-    rows = [line.split(" | ") for line in compare(path, path)[2:]]
-    assert [(row[0], row[1]) for row in rows[::2]] == [("| dense", "compressed"), ("| dense", "idp"), ("| compressed", "idp")]
-    assert all(row[-1] == "no |" for row in rows) and rows[1][-2] == "1"
-
-
-def test_compare_mistakes(tmp_path):
-    a = run_folder(tmp_path / "a", {"dense": {"arc": ("f", [True])}})
-    b = run_folder(tmp_path / "b", {"idp": {"arc": ("g", [True, True])}})
-    with pytest.raises(UserError, match="no two rows share items.*1 in dense of A, 2 in idp of B"):
-        compare(a, b)
-    with pytest.raises(UserError, match="no two rows"):    # one row has nothing to be compared with
-        compare(a, a)
-    (tmp_path / "b" / "items.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        compare(a, b)
-    (tmp_path / "b" / "items.json").unlink()
-    with pytest.raises(UserError, match="items.json beside it"):
-        compare(a, b)
-
-
-def test_fingerprints_tell_questions_apart():
-    assert uncertainty.fingerprint([{"context": "a"}]) == uncertainty.fingerprint([{"context": "a"}])
-    assert uncertainty.fingerprint([{"context": "a"}]) != uncertainty.fingerprint([{"context": "b"}])
-
-
 # --- the command --------------------------------------------------------------------------------------------------------------------
 
 def test_the_command_keeps_the_contract(tmp_path, capsys):
@@ -377,13 +388,14 @@ def test_the_command_keeps_the_contract(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, word", [
     (["--model", "no/such/folder"], "--model"), (["--tasks", "nonsense"], "--tasks"), (["--limit", "0"], "--limit"),
-    (["--eval-text", "nonsense"], "--text"), (["--eval-seqlen", "1"], "--eval-seqlen"), (["--eval-seqlen", "9999"], "--eval-seqlen"),
+    (["--eval-text", "nonsense"], "--eval-text"), (["--eval-seqlen", "1"], "--eval-seqlen"), (["--eval-seqlen", "9999"], "--eval-seqlen"),
     (["--batch-size", "0"], "--batch-size"), (["--adapter", "/nowhere"], "--adapter"), (["--adapter", "a", "--adapter", "b"], "--adapter"),
-    (["--compare", "/nowhere", "/nowhere"], "--compare"), (["--compare", "a"], "--compare"), (["--patterns"], "--patterns"),
-    (["--patterns", "--latency"], "--latency"), (["--device", "tpu"], "--device"), (["--out", str(pathlib.Path(__file__).parent)], "--out")])
+    (["--compare", "/nowhere", "/nowhere"], "--compare"), (["--compare", "a"], "--compare"),
+    (["--compare", "a", "b", "--limit", "3"], "--limit 3"), (["--eval-context", "64"], "--eval-context 64"),
+    (["--patterns"], "--patterns"), (["--device", "tpu"], "--device"), (["--out", str(pathlib.Path(__file__).parent)], "--out")])
 def test_a_mistake_is_one_line(flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
-        loading.run(lambda: evaluate.main(flags))
+        cli.run(lambda: evaluate.main(flags))
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(err) == 1 and word in err[0]
 
@@ -406,7 +418,7 @@ def harness():
     if importlib.util.find_spec("lm_eval") is None or "IDP_REAL_MODEL" not in os.environ:
         pytest.skip("needs `pip install lm_eval`, and IDP_REAL_MODEL=DIR naming a folder with a real model")
     from lm_eval.models.huggingface import HFLM
-    model, tokenizer = loading.load_model(os.environ["IDP_REAL_MODEL"])
+    model, tokenizer = load_model(os.environ["IDP_REAL_MODEL"])
     return model, tokenizer, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
 
 
@@ -421,7 +433,7 @@ def test_agrees_with_lm_eval(name, harness):
     """Same rows, same model: identical accuracy, every log-likelihood within 1e-3. IDP_TASKS_DIR, IDP_TASKS_LIMIT: a larger run."""
     model, tokenizer, lm = harness
     path = pathlib.Path(os.environ.get("IDP_TASKS_DIR", "none"), f"{name}.jsonl")
-    rows = loading.read_jsonl(path, "IDP_TASKS_DIR")[:int(os.environ.get("IDP_TASKS_LIMIT", 200))] if path.exists() else HAND[name]
+    rows = read_jsonl(path, "IDP_TASKS_DIR")[:int(os.environ.get("IDP_TASKS_LIMIT", 200))] if path.exists() else HAND[name]
     pairs = [evaluate.choice_pairs(row) if "choices" in row else [(row["context"], " " + row["target"])] for row in rows]
     theirs = iter(ask(lm, "loglikelihood", [pair for row in pairs for pair in row]))
     theirs = [[next(theirs) for _ in row] for row in pairs]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
 import idp_minimal
-from choosing import prompt_losses
+from experiments.choosing import prompt_losses
 from conftest import ROOT, tiny_model
 from idp_minimal import (CACHE, SELECTORS, PromptBank, attach_idp, attention_to_prompts, idp_reference, prompt_cache,
                          reference_choice)

@@ -1,13 +1,14 @@
 """The latency table: its variants compute what their names say, and its ratios are right."""
 import contextlib
+import json
 
 import pytest
 import torch
 
-import latency
-import loading
 from conftest import tiny_model
+from experiments import latency
 from idp_minimal import CACHE
+from support.cli import UserError
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,15 @@ def test_shapes_are_the_published_ones(shape):
 
 
 def test_the_command(tmp_path, capsys):
-    import evaluate
-    evaluate.main(["--latency", "--lengths", "8", "--repeats", "1", "--decode-tokens", "1", "--prompt-length", "2", "--out", str(tmp_path)])
+    out = tmp_path / "run"
+    latency.main(["--lengths", "8", "--repeats", "1", "--decode-tokens", "1", "--prompt-length", "2", "--out", str(out)])
     printed = capsys.readouterr().out
-    assert "| 8 | IDP, m = 4 |" in printed and (tmp_path / "latency.md").read_text() == printed
-    with pytest.raises(loading.UserError, match="--lengths"):
-        evaluate.main(["--latency", "--lengths", "600"])
+    assert "| 8 | IDP, m = 4 |" in printed and (out / "latency.md").read_text() == printed
+    assert json.loads((out / "latency.json").read_text())["times"]["8"]["dense"]["prefill"][0] > 0
+    with pytest.raises(UserError, match="--lengths 600: the model reads 488 tokens beside 24"):
+        latency.main(["--lengths", "600"])
+    with pytest.raises(UserError, match="--model toy: --shape"):
+        latency.main(["--shape", "llama-7b", "--model", "toy"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,13 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import compress
-import evaluate
-import loading
-import patterns
 from conftest import tiny_model
+from experiments import patterns
 from idp_minimal import PromptBank, attach_idp
-from loading import UserError
-from patterns import MEASURES, jensen_shannon, layer_measures, look, look_at_dense, measure, split_prompt
+from methods.lora import LoRA
+from methods.prompts import SoftPrompts
+from support.cli import UserError
+from support.data import load_text
+from support.output import write_json
+from support.architectures import blocks_of
+from support.models import load_model
+from experiments.patterns import MEASURES, jensen_shannon, layer_measures, look, look_at_dense, measure, split_prompt
 
 IDS = torch.randint(3, 97, (3, 10), generator=torch.Generator().manual_seed(0))
 
@@ -49,12 +53,12 @@ def test_layer_measures_by_hand():
 
 def test_a_model_is_no_distance_from_itself(any_model):
     before, reference = any_model.config._attn_implementation, look_at_dense(any_model, IDS)
-    hooks = len(loading.blocks_of(any_model)[0]._forward_hooks)          # transformers leaves one of its own for good
+    hooks = len(blocks_of(any_model)[0]._forward_hooks)          # transformers leaves one of its own for good
     table, losses = measure(any_model, IDS, reference)
     assert set(table) == set(MEASURES) and all(values.shape == (3, 3) for values in table.values())
     assert table["attention"].max() < 1e-6 and table["direction"].abs().max() < 1e-5
     assert torch.allclose(table["norm"], torch.ones(3, 3), atol=1e-5) and (table["prompt share"] == 0).all()
-    assert any_model.config._attn_implementation == before and len(loading.blocks_of(any_model)[0]._forward_hooks) == hooks
+    assert any_model.config._attn_implementation == before and len(blocks_of(any_model)[0]._forward_hooks) == hooks
     logits = any_model(IDS).logits                         # the loss is the ordinary one
     assert sum(losses) / 3 == pytest.approx(F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).item(), abs=1e-4)
 
@@ -96,25 +100,26 @@ def test_hidden_states_come_from_the_blocks():
 # --- runs -----------------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"model": "toy", "dtype": "float32", "seed": 0, "text": "toy", "nsamples": 2, "seqlen": 32,
-            "compression": ["magnitude", {"sparsity": 0.6, "pattern": None, "scope": "layer"}]}
+            "compression": ["magnitude", {"sparsity": 0.6, "pattern": None}]}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two untrained adapters on the toy model, as recover.py --out writes them: RUN/adapter, or RUN/adapter/METHOD."""
-    import methods
     root = tmp_path_factory.mktemp("runs")
-    model, _ = loading.load_model("toy")
-    for name, method in (("idp", methods.SoftPrompts(model, [3, 5])), ("lora", methods.LoRA(model, r=2))):
+    model, tokenizer = load_model("toy")
+    patterns.compress_as(model, tokenizer, SETTINGS)       # an adapter says what it was trained on, and is used there alone
+    for name, method in (("idp", SoftPrompts(model, [3, 5])), ("lora", LoRA(model, r=2))):
         folder = root / name / "adapter" if name == "idp" else root / "both" / "adapter" / name
+        folder.mkdir(parents=True)
         method.save(folder)
-        loading.write_json(root / ("idp" if name == "idp" else "both") / "results.json", {"settings": SETTINGS, "rows": []})
+        write_json(root / ("idp" if name == "idp" else "both") / "results.json", {"settings": SETTINGS, "rows": []})
     return root
 
 
 def test_the_command(runs, tmp_path, capsys):
     out = tmp_path / "patterns"
-    evaluate.main(["--patterns", "--adapter", str(runs / "idp" / "adapter"), "--adapter", str(runs / "both" / "adapter" / "lora"),
+    patterns.main(["--adapter", str(runs / "idp" / "adapter"), "--adapter", str(runs / "both" / "adapter" / "lora"),
                    "--limit", "3", "--eval-seqlen", "16", "--out", str(out)])
     result = json.loads((out / "patterns.json").read_text())
     assert [row["row"] for row in result["rows"]] == ["dense", "compressed", "idp", "lora"]
@@ -132,35 +137,42 @@ def test_the_command(runs, tmp_path, capsys):
         assert len({line.count("|") for line in lines}) <= 1, "every line of a table has as many cells"
 
 
+@pytest.mark.parametrize("n, ci95, shown", [
+    (1, None, "[too few]"), (5, [2.0, 2.0], "[too few]"), (6, [2.0, 2.0], "[2.000, 2.000]")])
+def test_few_chunks_have_no_interval_in_the_table(n, ci95, shown):
+    row = patterns.summarise("lora", {key: torch.full((n, 2), 2.0) for key in MEASURES}, [1.0] * n)
+    assert json.loads(json.dumps(row, allow_nan=False))["means"]["norm"]["ci95"] == ci95
+    assert f"| lora | 1.000 | 2.000 {shown} |" in patterns.text_of([row], "a caption")
+
+
 def test_it_is_the_model_that_the_runs_recovered():
-    model, tokenizer = loading.load_model("toy")
+    model, tokenizer = load_model("toy")
     patterns.compress_as(model, tokenizer, SETTINGS)
-    again, _ = loading.load_model("toy")
-    ids = compress.calibration_ids(loading.load_text("toy", tokenizer, "train"), 2, 32, 0)
+    again, _ = load_model("toy")
+    ids = compress.calibration_ids(load_text("toy", tokenizer, "train"), 2, 32, 0)
     compress.compress_model(again, tokenizer, "magnitude", ids, **SETTINGS["compression"][1])
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
 def test_mistakes(runs, tmp_path):
     idp, lora = str(runs / "idp" / "adapter"), str(runs / "both" / "adapter" / "lora")
-    other = tmp_path / "other"
-    loading.write_json(other / "results.json", {"settings": {**SETTINGS, "compression": ["rtn", {"bits": 3}]}, "rows": []})
-    (other / "adapter").mkdir()
-    compressed = str(tmp_path / "compressed")
-    loading.write_json(tmp_path / "compressed" / "compression.json", {})
-    loading.write_json(tmp_path / "again" / "results.json", {"settings": {**SETTINGS, "model": compressed}, "rows": []})
-    (tmp_path / "again" / "adapter").mkdir()
-    run = ["--patterns", "--out", str(tmp_path / "out"), "--eval-seqlen", "16"]
+    for name, settings in (("other", {**SETTINGS, "compression": ["rtn", {"bits": 3}]}), ("none", {**SETTINGS, "compression": None}),
+                           ("text", {**SETTINGS, "text": 3})):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        write_json(tmp_path / name / "results.json", {"settings": settings, "rows": []})
+    run = ["--out", str(tmp_path / "out"), "--eval-seqlen", "16"]
     for flags, words in [
-            (["--adapter", str(tmp_path / "again" / "adapter"), "--model", compressed], "--model.*compressed already"),
-            (["--adapter", idp, "--adapter", str(other / "adapter")], "--adapter.*not the same compressed model.*rtn"),
+            (["--adapter", str(tmp_path / "none" / "adapter")], "compression is null.*recover from a dense model"),
+            (["--adapter", str(tmp_path / "text" / "adapter")], "text is 3"),
+            (["--adapter", idp, "--adapter", str(tmp_path / "other" / "adapter")], "--adapter.*not the same compressed model.*rtn"),
             (["--adapter", str(tmp_path / "nowhere")], "--adapter.*results.json"), (["--adapter", idp, "--adapter", idp], "--adapter.*two are named idp"),
-            (["--adapter", idp, "--model", "smollm2"], "--model smollm2.*use --model toy"), ([], "--patterns: needs --adapter"),
-            (["--adapter", lora, "--limit", "999999"], "--limit 999999"),
-            (["--adapter", idp, "--eval-seqlen", "510", "--limit", "1"], "--eval-seqlen 510.*room for 507 tokens")]:
+            (["--adapter", idp, "--model", "smollm2"], "--model smollm2.*use --model toy"), ([], "--adapter: needs"),
+            (["--adapter", lora, "--limit", "999999"], "--limit 999999")]:
         with pytest.raises(UserError, match=words):
-            evaluate.main(run + flags)
+            patterns.main(run + flags)
+    with pytest.raises(UserError, match="--eval-seqlen 510.*room for 507 tokens"):
+        patterns.main(["--out", str(tmp_path / "out"), "--adapter", idp, "--eval-seqlen", "510", "--limit", "1"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="--out"):
-        evaluate.main(run + ["--adapter", idp])
+        patterns.main(run + ["--adapter", idp])

@@ -1,38 +1,46 @@
-"""Our functions against the fastest public ones we could install, in one run. Each needs its tool, which the project never needs.
+"""Our functions against the fastest public ones we could install, in one run. Each needs its tool, which the
+project never needs.
 
-    pip install llmcompressor && python tests/speed.py gptq                  # one 2048 x 2048 layer, 3 bits, group 128
-    pip install gptqmodel && python tests/speed.py gptq --against gptqmodel
-    python tests/speed.py gptq-model --model smollm2 --text wikitext2        # every layer of a model, 3 bits, group 64
-    pip install peft && python tests/speed.py train --model smollm2          # a prompt-tuning step and a LoRA step
-    pip install lm_eval && python tests/speed.py score --model smollm2 --tasks arc_easy --limit 100
+    pip install llmcompressor && python -m experiments.speed gptq                  # one 2048 x 2048 layer, 3 bits, group 128
+    pip install gptqmodel && python -m experiments.speed gptq --against gptqmodel
+    python -m experiments.speed gptq-model --model smollm2 --text wikitext2        # every layer of a model, 3 bits, group 64
+    pip install peft && python -m experiments.speed train --model smollm2          # a prompt-tuning step and a LoRA step
+    pip install lm_eval && python -m experiments.speed score --model smollm2 --tasks arc_easy --limit 100
 
-Both sides get the same threads, dtype and data, take turns, and are warmed up first. Printed are medians, and the median of
-the ratios ours / theirs within a turn; for gptq-model, sums over its layers.
+Both sides get the same threads, dtype and data, take turns, and are warmed up first. Printed are medians, and
+the median of the ratios ours / theirs within a turn; for gptq-model, sums over its layers.
 """
 import functools
-import pathlib
 import statistics
-import sys
 import time
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import compress
 import evaluate
-import loading
-import methods
+from experiments.latency import synchronize
+from methods.lora import LoRA
+from methods.prompts import SoftPrompts
+from methods.registry import Compressor
+from support.cli import parse_flags, run
+from support.data import load_tasks, load_text
+from support.architectures import pick_device
+from support.models import load_model
 
 
-def take_turns(sides, repeats):
-    """sides: {name: function}; the first is ours. Prints seconds and the ratio to the second."""
-    for run in sides.values():
-        run()
+def take_turns(sides, repeats, device):
+    """sides: {name: function}; the first is ours. Prints seconds, of finished work, and the ratio to the
+    second.
+    """
+    for side in sides.values():
+        side()
     seconds = {name: [] for name in sides}
     for _ in range(repeats):
-        for name, run in sides.items():
+        for name, side in sides.items():
+            synchronize(device)
             start = time.perf_counter()
-            run()
+            side()
+            synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     ours, theirs = list(seconds)[:2]
     ratio = statistics.median(a / b for a, b in zip(seconds[ours], seconds[theirs]))
@@ -87,8 +95,8 @@ def gptq(args):
     print(f"relative output error of RTN {error(compress.rtn(W, 3, group)):.5f}")
     for name, settings in GRIDS.items():
         sides = {"ours": lambda: compress.gptq(W, H, 3, group, **settings), args.against: lambda: rival(W, H, group, **settings)}
-        print(f"{name}: error " + ", ".join(f"{side} {error(run()):.5f}" for side, run in sides.items()), end="; ")
-        take_turns(sides, args.repeats)
+        print(f"{name}: error " + ", ".join(f"{side} {error(solve()):.5f}" for side, solve in sides.items()), end="; ")
+        take_turns(sides, args.repeats, args.device)
 
 
 def gptq_model(args):
@@ -99,18 +107,20 @@ def gptq_model(args):
 
     def every_side(W, H, details=None):
         results = []
-        for side, run in sides.items():
+        for side, solve in sides.items():
+            synchronize(W.device)
             start = time.perf_counter()
-            results.append(run(W, H))
+            results.append(solve(W, H))
+            synchronize(W.device)
             seconds[side] = seconds.get(side, 0) + time.perf_counter() - start
             errors.setdefault(side, []).append(compress.relative_error(W, results[-1], H))
         return results[0]
 
-    for run in sides.values():                             # warm up: imports, allocations
-        run(torch.randn(128, 128), torch.eye(128))
-    compress.COMPRESSORS["every side"] = (every_side, True, ())
-    model, tokenizer = loading.load_model(args.model, args.device, args.dtype)
-    ids = compress.calibration_ids(loading.load_text(args.text, tokenizer, "train"), 32, 512, args.seed)
+    for solve in sides.values():                           # warm up: imports, allocations
+        solve(torch.randn(128, 128), torch.eye(128))
+    compress.COMPRESSORS["every side"] = Compressor(every_side, True, ())
+    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    ids = compress.calibration_ids(load_text(args.text, tokenizer, "train"), 32, 512, args.seed)
     compress.compress_model(model, tokenizer, "every side", ids)
     for name, settings in GRIDS.items():
         ours, theirs = ("ours", name), ("theirs", settings.get("mse", False))
@@ -122,51 +132,59 @@ def gptq_model(args):
 def train(args):
     """A step on batch x seqlen tokens, loss and gradients: our methods against PEFT's on the same model."""
     import peft
-    ids = torch.randint(1000, 2000, (args.batch_size, args.seqlen), generator=torch.Generator().manual_seed(args.seed))
+    ids = torch.randint(1000, 2000, (args.batch_size, args.train_seqlen), generator=torch.Generator().manual_seed(args.seed))
     n = args.prompt_length
-    configs = {f"prompt of {n}": (lambda model: methods.SoftPrompts(model, [n]), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n)),
-               "LoRA r 8": (lambda model: methods.LoRA(model), peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16))}
+    configs = {f"prompt of {n}": (lambda model: SoftPrompts(model, [n]), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n)),
+               "LoRA r 8": (lambda model: LoRA(model), peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16))}
     for name, (build, config) in configs.items():
-        method = build(loading.load_model(args.model, args.device, args.dtype)[0])
-        theirs = peft.get_peft_model(loading.load_model(args.model, args.device, args.dtype)[0], config).eval()
+        method = build(load_model(args.model, args.device, args.dtype)[0])
+        theirs = peft.get_peft_model(load_model(args.model, args.device, args.dtype)[0], config).eval()
         here = ids.to(args.device)
 
         def our_step():
             with method.training():
                 method.losses(here).mean().backward()
-        print(name, f"{args.batch_size} x {args.seqlen} tokens:", end=" ")
-        take_turns({"ours": our_step, "peft": lambda: theirs(here, labels=here).loss.backward()}, args.repeats)
+        print(name, f"{args.batch_size} x {args.train_seqlen} tokens:", end=" ")
+        take_turns({"ours": our_step, "peft": lambda: theirs(here, labels=here).loss.backward()}, args.repeats, args.device)
 
 
 def score(args):
     """Multiple-choice log-likelihoods: ours against the harness, same rows, same batch size."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    model, tokenizer = loading.load_model(args.model, args.device, args.dtype)
+    model, tokenizer = load_model(args.model, args.device, args.dtype)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
-    for name, rows in loading.load_tasks(args.tasks, args.limit).items():
+    for name, rows in load_tasks(args.tasks, args.limit).items():
         requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pair for row in rows for pair in evaluate.choice_pairs(row))]
         print(f"{name}, {len(rows)} rows:", end=" ")
         take_turns({"ours": lambda: evaluate.multiple_choice(model, tokenizer, rows, 16),
-                    "lm_eval": lambda: harness.loglikelihood(requests, disable_tqdm=True)}, args.repeats)
+                    "lm_eval": lambda: harness.loglikelihood(requests, disable_tqdm=True)}, args.repeats, args.device)
 
 
-def main():
-    """One comparison."""
-    parser = loading.Parser(__doc__.splitlines()[0])
-    loading.common_flags(parser)
-    parser.add_argument("what", choices=["gptq", "gptq-model", "train", "score"], help="which comparison")
+COMPARISONS = {"gptq": gptq, "gptq-model": gptq_model, "train": train, "score": score}
+
+
+def own_flags(parser):
+    """What only this script asks."""
+    parser.add_argument("what", choices=list(COMPARISONS), help="which comparison")
     parser.add_argument("--against", default="llmcompressor", choices=list(RIVALS), help="gptq, gptq-model: whose GPTQ")
     parser.add_argument("--profile", action="store_true", help="gptq: where our time goes, nothing else")
     parser.add_argument("--size", type=int, default=2048, help="gptq: rows and columns")
-    parser.add_argument("--batch-size", type=int, default=4, help="train: rows")
-    parser.add_argument("--seqlen", type=int, default=128, help="train: tokens per row")
-    parser.add_argument("--prompt-length", type=int, default=32, help="train: tokens of the prompt")
-    parser.add_argument("--repeats", type=int, default=5, help="turns after the warm-up")
-    args = parser.parse_args()
-    args.device = str(loading.pick_device(args.device))
-    {"gptq": gptq, "gptq-model": gptq_model, "train": train, "score": score}[args.what](args)
+
+
+def parse(argv=None):
+    """The command line. -> argparse.Namespace."""
+    return parse_flags(__doc__, ["model", "device", "dtype", "seed", "text", "tasks", "limit", "batch_size", "train_seqlen",
+                                 "prompt_length", "repeats"], argv,
+                       defaults={"batch_size": 4, "train_seqlen": 128, "prompt_length": 32, "repeats": 5}, add=own_flags)
+
+
+def main(argv=None):
+    """One comparison."""
+    args = parse(argv)
+    args.device = pick_device(args.device)
+    COMPARISONS[args.what](args)
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    run(main)

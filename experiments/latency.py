@@ -1,15 +1,17 @@
-"""Latency: what each remedy costs at inference, all in one run. `python evaluate.py --latency` runs this file's main job.
+"""Latency: what each remedy costs at inference, all in one run.
 
-The paper's abstract claims 60 % less inference latency for IDP than for LoRA. What that compares (LoRA merged or not, on
-which layers, prompts cached or not) is NOT IN PAPER as far as it is public here, so every reading gets a row: prompt as
-embeddings, prompt as cached prefix, IDP with m = 2, 4, 8, LoRA unmerged on q,v and on all linears, LoRA merged.
+The paper's abstract claims 60 % less inference latency for IDP than for LoRA. What that compares (LoRA merged
+or not, on which layers, prompts cached or not) is NOT IN PAPER as far as it is public here, so every reading
+gets a row: prompt as embeddings, prompt as cached prefix, IDP with m = 2, 4, 8, LoRA unmerged on q,v and on
+all linears, LoRA merged.
 
-    python evaluate.py --latency --model toy                                        # seconds, CPU
-    python evaluate.py --latency --shape smollm2-135m --lengths 128,512             # random weights, true shapes
-    python evaluate.py --latency --shape llama-7b --dtype bfloat16 --device cuda    # a latency needs no download
+    python -m experiments.latency --model toy                                        # seconds, CPU
+    python -m experiments.latency --shape smollm2-135m --lengths 128,512             # random weights, true shapes
+    python -m experiments.latency --shape llama-7b --device cuda                     # a latency needs no download
 
-Prefill: T tokens to the first logits. Decode: one token with T in the cache. Variants are interleaved, warm-up first,
-medians over repeats; ratios are medians of ratios within a repeat, which a drifting machine disturbs least.
+Prefill: T tokens to the first logits. Decode: one token with T in the cache. Variants are interleaved,
+warm-up first, medians over repeats; ratios are medians of ratios within a repeat, which a drifting machine
+disturbs least.
 """
 import contextlib
 import copy
@@ -17,13 +19,19 @@ import statistics
 import time
 
 import torch
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import compress
-import loading
-import methods
+from evaluate import command_line
 from idp_minimal import CACHE, PromptBank, attach_idp, prompt_cache
+from methods.lora import LoRA
+from methods.prompts import initial_prompt
+from support.cli import parse_flags, progress, refuse_given, run
+from support.output import claim, json_text
+from support.architectures import (
+    blocks_of, check_room, device_name, linears_of, pick_device, pick_dtype, versions)
+from support.models import load_model
+from support.tables import markdown
 
 LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                 num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048)
@@ -40,14 +48,16 @@ def random_model(shape, device, dtype):
     """A model of a published shape with small random weights, made on the device itself."""
     config = AutoConfig.for_model(**SHAPES[shape])
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=loading.DTYPES[dtype])
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
-# --- 1. Variants: each is a context manager around a model and a way to call it -----------------------------------------------
+# --- 1. Variants: each is a context manager around a model and a way to call it -----------------------------
 
 def plain(model, ids, cache):
-    """The model as it is. Every variant's call: (model, ids (B, T), cache or None) -> output with its cache."""
+    """The model as it is. Every variant's call: (model, ids (B, T), cache or None) -> output with its
+    cache.
+    """
     return model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 
 
@@ -76,9 +86,7 @@ def as_cached_prefix(model, P):
 
 def all_linears(model):
     """Names of every linear layer inside the blocks."""
-    block = loading.blocks_of(model)[0]
-    kinds = (torch.nn.Linear, methods.Conv1D)
-    return sorted({name.split(".")[-1] for name, module in block.named_modules() if isinstance(module, kinds)})
+    return sorted({name.split(".")[-1] for name in linears_of(blocks_of(model)[0])})
 
 
 @contextlib.contextmanager
@@ -94,17 +102,19 @@ def merged(method):
 
 
 def variants(model, n, with_compressed):
-    """{name: (context manager factory, call)}. n: tokens of every prompt, so that all prompts cost the same."""
+    """{name: (context manager factory, call)}. n: tokens of every prompt, so that all prompts cost the
+    same.
+    """
     d, generator = model.get_input_embeddings().weight.shape[1], torch.Generator().manual_seed(0)
-    prompts = [methods.initial_prompt(model, n, generator).to(model.dtype) for _ in range(8)]    # (n, d) each
+    prompts = [initial_prompt(model, n, generator).to(model.dtype) for _ in range(8)]    # (n, d) each
     assert prompts[0].shape == (n, d)
-    lora, lora_all = methods.LoRA(model), methods.LoRA(model, targets=all_linears(model))
+    lora, lora_all = LoRA(model), LoRA(model, targets=all_linears(model))
     nothing = contextlib.nullcontext
     table = {"dense": (nothing, plain)}
     if with_compressed:
         smaller = copy.deepcopy(model)
         with torch.no_grad():
-            for linear in loading.blocks_of(smaller).modules():
+            for linear in blocks_of(smaller).modules():
                 if isinstance(linear, torch.nn.Linear):
                     linear.weight.copy_(compress.rtn(linear.weight, bits=3, group_size=-1))
         table["compressed (dequantized 3-bit)"] = (nothing, lambda _, ids, cache: plain(smaller, ids, cache))
@@ -119,7 +129,7 @@ def variants(model, n, with_compressed):
     return table
 
 
-# --- 2. The clock -----------------------------------------------------------------------------------------------------------------
+# --- 2. The clock -------------------------------------------------------------------------------------------
 
 def synchronize(device):
     """Wait for the device, so that the clock reads finished work."""
@@ -145,9 +155,11 @@ def time_once(model, call, ids, decode_tokens):
 
 
 def measure(model, table, ids, repeats, decode_tokens):
-    """{variant: {"prefill": [s], "decode": [s], "peak": bytes or None}}, interleaved so that drift hits all alike."""
+    """{variant: {"prefill": [s], "decode": [s], "peak": bytes or None}}, interleaved so that drift hits all
+    alike.
+    """
     times = {name: {"prefill": [], "decode": [], "peak": None} for name in table}
-    for repeat in tqdm(range(repeats + 1), desc=f"T={ids.shape[1]}", disable=None):
+    for repeat in progress(range(repeats + 1), desc=f"T={ids.shape[1]}"):
         for name, (attached, call) in table.items():
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(model.device)
@@ -166,8 +178,12 @@ def ratio(times, name, reference, phase):
     return statistics.median(a / b for a, b in zip(times[name][phase], times[reference][phase]))
 
 
+HEAD = ["T", "variant", "prefill ms", "by cached prompt", "by LoRA q,v", "decode ms/token", "by cached prompt", "by LoRA q,v",
+        "peak MiB"]
+
+
 def report(times, T):
-    """-> list of Markdown rows for one input length."""
+    """-> rows of cells for one input length."""
     prefix, qv = "prompt as cached prefix", "LoRA r 8 on q,v, unmerged"
     rows = []
     for name, seen in times.items():
@@ -175,33 +191,45 @@ def report(times, T):
         for phase in ("prefill", "decode"):
             cells += [f"{1e3 * statistics.median(seen[phase]):.1f}", f"{ratio(times, name, prefix, phase):.3f}",
                       f"{ratio(times, name, qv, phase):.3f}"]
-        cells.append(f"{seen['peak'] / 2**20:.0f}" if seen["peak"] else "-")
-        rows.append("| " + " | ".join(cells) + " |")
+        rows.append(cells + [f"{seen['peak'] / 2**20:.0f}" if seen["peak"] else "-"])
     return rows
 
 
-def main(args):
-    """The whole table. args: evaluate.py's command line."""
-    device = loading.pick_device(args.device)
-    torch.manual_seed(args.seed)
+def parse(argv=None):
+    """The command line. -> argparse.Namespace; raises UserError for what cannot work."""
+    args = parse_flags(__doc__, ["model", "device", "dtype", "seed", "shape", "lengths", "prompt_length", "decode_tokens", "repeats",
+                                 "batch_size", "out"], argv, {"shape": SHAPES}, {"batch_size": 1})
     if args.shape:
-        model, name = random_model(args.shape, device, args.dtype), f"{args.shape} (random weights)"
-    else:
-        model, name = loading.load_model(args.model, device, args.dtype)[0], args.model
-    limit, lengths = model.config.max_position_embeddings, args.lengths
-    if max(lengths) + args.prompt_length + args.decode_tokens > limit:
-        raise loading.UserError(f"--lengths {max(lengths)}: with {args.prompt_length} prompt tokens and {args.decode_tokens} "
-                                f"decoded ones exceeds the model's {limit} positions; use shorter lengths")
-    table = variants(model, args.prompt_length, with_compressed=not args.shape)
-    lines = [f"{name}, {args.dtype}, {loading.device_name(device)}, batch {args.batch_size}, prompts of {args.prompt_length} "
-             f"tokens, {args.decode_tokens} decoded tokens, medians of {args.repeats} interleaved repeats", "",
-             "| T | variant | prefill ms | by cached prompt | by LoRA q,v | decode ms/token | by cached prompt | by LoRA q,v "
-             "| peak MiB |", "|---|---|---|---|---|---|---|---|---|"]
-    for T in lengths:
-        generator = torch.Generator().manual_seed(args.seed)
-        ids = torch.randint(3, model.config.vocab_size, (args.batch_size, T), generator=generator).to(device)
-        lines += report(measure(model, table, ids, args.repeats, args.decode_tokens), T)
-    text = "\n".join(lines)
-    print(text)
-    if args.out:
-        loading.write_text(f"{args.out}/latency.md", text + "\n")
+        refuse_given(args, {"model"}, "--shape stands in its place; give one of the two")
+    return args
+
+
+def main(argv=None):
+    """The whole table."""
+    args = parse(argv)
+    device, start = pick_device(args.device), time.time()
+    torch.manual_seed(args.seed)
+    with claim(args.out) as out:
+        name = f"{args.shape} (random weights)" if args.shape else args.model
+        model = (random_model(args.shape, device, pick_dtype(args.dtype, device, None)) if args.shape
+                 else load_model(args.model, device, args.dtype)[0])
+        check_room(model, "--lengths", max(args.lengths), args.prompt_length + args.decode_tokens)
+        table, times = variants(model, args.prompt_length, with_compressed=not args.shape), {}
+        for T in args.lengths:
+            generator = torch.Generator().manual_seed(args.seed)
+            ids = torch.randint(3, model.config.vocab_size, (args.batch_size, T), generator=generator).to(device)
+            times[T] = measure(model, table, ids, args.repeats, args.decode_tokens)
+        caption = (f"{name}, {str(model.dtype).removeprefix('torch.')}, {device_name(device)}, batch {args.batch_size}, prompts of "
+                   f"{args.prompt_length} tokens, {args.decode_tokens} decoded tokens, medians of {args.repeats} interleaved repeats")
+        text = caption + "\n\n" + markdown(HEAD, [row for T, seen in times.items() for row in report(seen, T)])
+        print(text)
+        if out:
+            with out.folder() as folder:
+                (folder / "latency.md").write_text(text + "\n", encoding="utf-8")
+                (folder / "latency.json").write_text(json_text({
+                    "command": command_line(), "settings": vars(args), "versions": versions(), "device": device_name(device),
+                    "seconds": round(time.time() - start, 1), "times": times}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,23 +1,25 @@
 """Choosing: does it pay to choose among prompts, by which rule, and how must the prompts have been learnt?
 
-IDP learns several prompts separately and lets each input choose by mean attention. Readers ask why that rule, and whether
-a set of prompts is better than one prompt of the same total size. This experiment answers with three tables:
+IDP learns several prompts separately and lets each input choose by mean attention. Readers ask why that rule,
+and whether a set of prompts is better than one prompt of the same total size. This experiment answers with
+three tables:
 
     rules     one set of prompts, every rule of idp_minimal.SELECTORS, against the best single prompt, all prompts
-              concatenated, the average of their output probabilities, and the oracle (lowest loss on the answer itself)
+              concatenated, the average of their output probabilities, and the oracle (lowest loss on the
+              answer itself)
     sets      ways to make a set worth choosing from, each with the same parameters and the same training tokens:
-              deal (rows dealt out at random, as recover.py does), lengths (unequal prompts), shards (each prompt its own
-              part of the data, for the toy its own domain), assigned (each row trains the prompt that now fits it best),
-              single (one prompt as long as all of the set together)
-    planted   a case in which the right prompt differs by construction: a trigger token decides which of two answers is
-              right. If choosing works at all, it must win here. Toy model only.
+              deal (rows dealt out at random, as recover.py does), lengths (unequal prompts), shards (each
+              prompt its own part of the data, for the toy its own domain), assigned (each row trains the
+              prompt that now fits it best), single (one prompt as long as all of the set together)
+    planted   a case in which the right prompt differs by construction: a trigger token decides which of two
+              answers is right. If choosing works at all, it must win here. Toy model only.
 
-    python choosing.py --seeds 5 --out runs/choosing                                   # toy, about 10 minutes on a CPU
-    python choosing.py --model smollm2 --tables rules --tasks arc_easy --limit 100     # a real model
+    python -m experiments.choosing --seeds 5 --out runs/choosing                                   # toy, about 10 minutes on a CPU
+    python -m experiments.choosing --model smollm2 --tables rules --tasks arc_easy --limit 100     # a real model
 
-Every prompt is scored once on every item; a rule's result is then looked up by what it chose, which the law of
-idp_minimal.py makes exact. Text is chosen for by the first half of a chunk and scored on the second half, so that no
-choice has seen what it is scored on. Intervals are over seeds: mean +- t_{0.975} s / sqrt(seeds).
+Every prompt is scored once on every item; a rule's result is then looked up by what it chose, which the law
+of idp_minimal.py makes exact. Text is chosen for by the first half of a chunk and scored on the second half,
+so that no choice has seen what it is scored on. Intervals are over seeds: mean +- t_{0.975} s / sqrt(seeds).
 """
 import contextlib
 import json
@@ -27,23 +29,27 @@ import time
 import types
 
 import torch
-from tqdm import tqdm
 
 import compress
 import evaluate
-import loading
 import recover
-import toy_world
 from idp_minimal import SELECTORS, PromptBank, attach_idp, mean_attention
-from loading import UserError
-from methods import SoftPrompts
+from methods.prompts import SoftPrompts
+from methods.registry import METHODS
+from support import toy_world
+from support.cli import DEFAULTS, UserError, parse_flags, progress, run
+from support.data import check_text, encode, load_tasks, load_text
+from support.output import claim, json_text
+from support.architectures import check_room, device_name, pick_device, versions
+from support.models import load_model
+from support.tables import markdown
+from support.uncertainty import mean_interval
 
 RULES = ["mean_attention", "total_attention", "max_attention", "last_token", "random"]
 TABLES = ("rules", "sets", "planted")
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by number of seeds
 
 
-# --- 1. Sets of prompts --------------------------------------------------------------------------------------------------
+# --- 1. Sets of prompts -------------------------------------------------------------------------------------
 
 class AssignedPrompts(SoftPrompts):
     """Each row trains the prompt that now fits it best: hard expectation-maximisation over the set.
@@ -61,7 +67,9 @@ class AssignedPrompts(SoftPrompts):
 
 
 def shard_batches(shards):
-    """A stand-in for recover.batch_at whose row b comes from shard b mod m, the one that prompt b mod m learns."""
+    """A stand-in for recover.batch_at whose row b comes from shard b mod m, the one that prompt b mod m
+    learns.
+    """
     def sample(ids, step, batch_size, seqlen, seed):
         parts = [recover.batch_at(shard, step, batch_size // len(shards), seqlen, seed) for shard in shards]
         return torch.stack(parts, dim=1).flatten(0, 1)                                         # (B, T)
@@ -88,11 +96,11 @@ def make_set(kind, model, data, args, seed):
 SETS = ("deal", "lengths", "shards", "assigned", "single")
 
 
-# --- 2. Every prompt on every item, every rule's choice --------------------------------------------------------------------
+# --- 2. Every prompt on every item, every rule's choice -----------------------------------------------------
 
 def contexts_of(tokenizer, rows):
     """The tokens by which a question chooses. -> n lists of ids."""
-    return [tokenizer(row["context"], verbose=False).input_ids for row in rows]
+    return [encode(tokenizer, row["context"]) for row in rows]
 
 
 @torch.no_grad()
@@ -116,18 +124,22 @@ def choices_of(model, bank, contexts, batch_size=32, seed=0):
 
 @torch.no_grad()
 def second_half(model, chunks, batch_size=8):
-    """Log-probability of each token in the second half of each chunk. chunks (C, T) -> (C, T - T//2) on the CPU."""
+    """Log-probability of each token in the second half of each chunk. chunks (C, T) -> (C, T - T//2) on the
+    CPU.
+    """
     half, logp = chunks.shape[1] // 2, []
     for rows in chunks.split(batch_size):
         rows = rows.to(model.device)
         keep = torch.arange(half - 1, rows.shape[1] - 1, device=rows.device)
-        logits = model(rows, use_cache=False, logits_to_keep=keep).logits                      # (B, T-half, V)
+        logits = model(rows, use_cache=False, logits_to_keep=keep).logits                     # (B, T-half, V)
         logp.append(evaluate.token_scores(logits, rows[:, half:])[0].cpu())
     return torch.cat(logp)
 
 
 def score(model, tokenizer, rows, chunks, bank=None, k=0):
-    """Answers and text under one prompt, or under none. -> (logp of the choices [(choices,)], (C, T') token logp)."""
+    """Answers and text under one prompt, or under none. -> (logp of the choices [(choices,)], (C, T') token
+    logp).
+    """
     with attach_idp(model, bank, "fixed", k=k) if bank else contextlib.nullcontext():
         answers = evaluate.multiple_choice(model, tokenizer, rows)["logp"]
         return [torch.tensor(a) for a in answers], None if chunks is None else second_half(model, chunks)
@@ -135,7 +147,8 @@ def score(model, tokenizer, rows, chunks, bank=None, k=0):
 
 @torch.no_grad()
 def prompt_losses(model, bank, input_ids, attention_mask, labels=None, **options):
-    """Mean next-token loss of every sequence under every prompt, for attach_idp(..., "oracle", loss=...). -> (B, m) float32.
+    """Mean next-token loss of every sequence under every prompt, for attach_idp(..., "oracle", loss=...). ->
+    (B, m) float32.
 
     labels: (B, T), -100 where a token does not count; the real tokens themselves when absent.
     """
@@ -168,12 +181,16 @@ class Scores:
         return math.exp(-self.text[texts, torch.arange(len(texts))].mean())
 
     def oracle(self):
-        """The prompt with the lowest loss on the right answer, and on the second half itself. -> (n,), (C,)."""
+        """The prompt with the lowest loss on the right answer, and on the second half itself. -> (n,),
+        (C,).
+        """
         items = torch.stack([a[:, gold].argmax() for a, gold in zip(self.answers, self.gold)])
         return items, self.text.mean(2).argmax(0)
 
     def averaged(self):
-        """All prompts at once: their probabilities averaged, per answer and per token. -> accuracy, perplexity."""
+        """All prompts at once: their probabilities averaged, per answer and per token. -> accuracy,
+        perplexity.
+        """
         right = [a.logsumexp(0).argmax() == gold for a, gold in zip(self.answers, self.gold)]
         return torch.stack(right).float().mean().item(), math.exp(-(self.text.logsumexp(0) - math.log(len(self.text))).mean())
 
@@ -181,7 +198,8 @@ class Scores:
 def measure_set(method, tokenizer, data, seed):
     """One set of prompts under every rule and control.
 
-    -> {name: (accuracy, perplexity, agreement with the oracle, share of items that take the most popular prompt)}.
+    -> {name: (accuracy, perplexity, agreement with the oracle, share of items that take the most popular
+    prompt)}.
     """
     model, rows, chunks, prompts = method.model, data.rows, data.chunks, [P.detach() for P in method.prompts]
     bank = PromptBank.from_prompts(model, prompts)
@@ -194,7 +212,7 @@ def measure_set(method, tokenizer, data, seed):
     row = lambda chosen, read: (scores.accuracy(chosen), scores.perplexity(read), agree(chosen), popular(chosen))
     result = {rule: row(items[rule], texts[rule]) for rule in RULES}
     losses = []
-    for k in range(bank.m):                                # the best single prompt is picked on other text, not on the test
+    for k in range(bank.m):                  # the best single prompt is picked on other text, not on the test
         with attach_idp(model, bank, "fixed", k=k):
             losses.append(-second_half(model, data.validation).mean())
     best = torch.stack(losses).argmin()
@@ -207,9 +225,10 @@ def measure_set(method, tokenizer, data, seed):
     return result
 
 
-# --- 3. The planted case -----------------------------------------------------------------------------------------------------
-# Two triggers in front of the same questions "Where was p born?": after <s> the first town is always right, after </s> the
-# second. Each prompt learns one trigger's rows, so one prompt is right for each input, and which one is known.
+# --- 3. The planted case ------------------------------------------------------------------------------------
+# Two triggers in front of the same questions "Where was p born?": after <s> the first town is always right,
+# after </s> the second. Each prompt learns one trigger's rows, so one prompt is right for each input, and
+# which one is known.
 
 TRIGGERS, PLANTED_LR = ("<s>", "</s>"), 0.1
 
@@ -226,8 +245,10 @@ def planted_rows(task):
 
 
 def planted(model, tokenizer, args, seed):
-    """Learn on shown people, ask about held-out ones. -> {name: (accuracy, share that chose the trigger's own prompt)}."""
-    shards = [torch.tensor([tokenizer(f"{row['context']} {row['choices'][row['answer']]}").input_ids for row in rows])
+    """Learn on shown people, ask about held-out ones. -> {name: (accuracy, share that chose the trigger's
+    own prompt)}.
+    """
+    shards = [torch.tensor([encode(tokenizer, f"{row['context']} {row['choices'][row['answer']]}") for row in rows])
               for rows in planted_rows("toy_shown")]                                           # 2 x (rows, T)
     def sample(ids, step, batch_size, seqlen, seed):
         starts = recover.batch_at(torch.arange(len(shards[0])), step, batch_size // 2, 1, seed)[:, 0]
@@ -247,26 +268,21 @@ def planted(model, tokenizer, args, seed):
     return result
 
 
-# --- 4. Tables -----------------------------------------------------------------------------------------------------------------
+# --- 4. Tables ----------------------------------------------------------------------------------------------
 
 def interval(values, form):
-    """'mean [low, high]' over seeds, or the value alone when there is one seed. values: list of floats."""
+    """'mean [low, high]' over seeds, a t interval; the value alone from one seed. values: list of floats."""
     if values[0] is None:
         return "-"
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return form(mean)
-    half = T_975.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{form(mean)} [{form(mean - half)}, {form(mean + half)}]"
+    mean, (low, high) = statistics.mean(values), mean_interval(values)
+    return form(mean) if low is None else f"{form(mean)} [{form(low)}, {form(high)}]"
 
 
 def table(head, forms, results):
     """Markdown. results: one {row name: tuple} per seed; forms: how to print each entry of the tuple."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name in results[0]:
-        columns = zip(*(result[name] for result in results))
-        lines.append("| " + " | ".join([name, *(interval(list(column), form) for column, form in zip(columns, forms))]) + " |")
-    return "\n".join(lines)
+    columns = {name: zip(*(result[name] for result in results)) for name in results[0]}
+    return markdown(head, [[name, *(interval(list(column), form) for column, form in zip(values, forms))]
+                           for name, values in columns.items()])
 
 
 def percent(x):
@@ -274,27 +290,34 @@ def percent(x):
     return f"{100 * min(max(x, 0), 1):.1f}"
 
 
-def load_data(args, tokenizer):
-    """-> namespace of ids (training tokens), shards (m of them), rows, chunks and validation (C, T), which is training text."""
-    ids, test = loading.load_text(args.text, tokenizer, "train"), loading.load_text(args.eval_text, tokenizer, "test")
-    rows = [row for rows in loading.load_tasks(args.tasks, args.limit).values() for row in rows]
+def load_data(args, tokenizer, rows):
+    """-> namespace of ids (training tokens), shards (m of them), rows, chunks and validation (C, T), which
+    is training text.
+    """
+    ids = load_text(args.text, tokenizer, "train")
+    test = load_text(args.eval_text, tokenizer, "test", "--eval-text")
     T = args.train_seqlen
+    for flag, text in (("--text", ids), ("--eval-text", test)):
+        if len(text) < T * (args.m if flag == "--text" else 1):
+            raise UserError(f"{flag}: has {len(text)} tokens, too few for rows of --train-seqlen {T}; give more text")
     chunks, validation = (text[:len(text) // T * T].view(-1, T)[:args.eval_chunks] for text in (test, ids))
     shards = domain_shards(tokenizer, args.m) if args.model == "toy" else list(ids.chunk(args.m))
     return types.SimpleNamespace(ids=ids, shards=shards, rows=rows, chunks=chunks, validation=validation)
 
 
 def domain_shards(tokenizer, m):
-    """The toy's recovery text by domain, each domain cut in m / 2 parts. -> m tensors of ids. m must be even."""
+    """The toy's recovery text by domain, each domain cut in m / 2 parts. -> m tensors of ids. m must be
+    even.
+    """
     texts = ["\n\n".join(toy_world.text("shown", domain=domain)) for domain in toy_world.DOMAINS]
-    return [part for text in texts for part in tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].chunk(m // len(texts))]
+    return [part for text in texts for part in torch.tensor(encode(tokenizer, text)).chunk(m // len(texts))]
 
 
-def run(model, tokenizer, args, data):
+def run_seeds(model, tokenizer, args, data):
     """Every table that was asked for, over all seeds. -> {table: [one result per seed]}."""
     results = {name: [] for name in args.tables}
     kinds = SETS if "sets" in args.tables else ("deal",) if "rules" in args.tables else ()
-    for seed in tqdm(range(args.seed, args.seed + args.seeds), desc="seeds", disable=None):
+    for seed in progress(range(args.seed, args.seed + args.seeds), desc="seeds"):
         per_set = {kind: measure_set(make_set(kind, model, data, args, seed), tokenizer, data, seed) for kind in kinds}
         for name, scores in (("rules", per_set.get("deal")), ("sets", per_set)):
             if name in args.tables:
@@ -325,73 +348,81 @@ def report(results, args):
     return "\n\n".join(parts)
 
 
-# --- 5. The command --------------------------------------------------------------------------------------------------------------
+# --- 5. The command -----------------------------------------------------------------------------------------
+
+TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "prompt_length", "m", "steps", "batch_size",
+         "train_seqlen", "lr", "seeds", "tables", "tasks", "limit", "eval_text", "eval_chunks", "out"]
+
 
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError."""
-    parser = loading.Parser(__doc__.splitlines()[0])
-    loading.common_flags(parser)
-    compress.add_compression_flags(parser)
-    parser.add_argument("--tables", type=recover.names_flag, default=None, help=f"some of {','.join(TABLES)}; planted is for the toy")
-    parser.add_argument("--seeds", type=int, default=5, help="sets of prompts, from --seed on")
-    parser.add_argument("--m", type=int, default=4, help="prompts in a set")
-    parser.add_argument("--prompt-length", type=int, default=8, help="tokens of each of the m prompts")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of a set")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows per step, a multiple of m")
-    parser.add_argument("--train-seqlen", type=int, default=64, help="tokens per row, in training and evaluation")
-    parser.add_argument("--lr", type=float, default=None, help="peak learning rate; recover.py's for idp when absent")
-    parser.add_argument("--eval-text", default=None, help="text for perplexity; the test split of a named --text when absent")
-    parser.add_argument("--eval-chunks", type=int, default=100, help="chunks of text for perplexity")
-    args = parser.parse_args(argv)
-    loading.fill_defaults(args)
+    args = parse_flags(__doc__, TAKES, argv, {"compressor": compress.COMPRESSORS, "tables": TABLES},
+                       {"prompt_length": 8, "eval_chunks": 100})
     toy = args.model == "toy"
     args.tables = args.tables or (TABLES if toy else TABLES[:2])
-    args.tasks = "toy_recall" if toy and args.tasks == loading.DEFAULTS["toy"]["tasks"] else args.tasks
-    args.eval_text, args.lr = args.eval_text or args.text, recover.learning_rate_of(args, "idp")
-    check(args)
+    args.tasks = "toy_recall" if toy and args.tasks == DEFAULTS["toy"]["tasks"] else args.tasks
+    args.eval_text = args.text if args.eval_text is None else args.eval_text
+    args.lr = METHODS["idp"].rates["toy" if toy else "other"] if args.lr is None else args.lr
+    check_sets(args)
     args.compression = compress.settings_from(args)
     return args
 
 
-def check(args):
+def check_sets(args):
     """Refuse what cannot work before any model loads."""
-    if set(args.tables) - set(TABLES) or ("planted" in args.tables and args.model != "toy"):
-        raise UserError(f"--tables {','.join(args.tables)}: use some of {' '.join(TABLES)}; planted needs --model toy")
-    for name, low in (("seeds", 1), ("m", 2), ("prompt_length", 1), ("steps", 1), ("train_seqlen", 4), ("eval_chunks", 1)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: too small; use at least {low}")
-    if args.batch_size % args.m or args.batch_size < 1:
+    if "planted" in args.tables and args.model != "toy":
+        raise UserError(f"--tables {','.join(args.tables)}: planted needs --model toy; leave it out")
+    if args.batch_size % args.m:
         raise UserError(f"--batch-size {args.batch_size}: must be a multiple of --m {args.m}, so that prompts learn equally much")
     if args.model == "toy" and args.m % 2:
         raise UserError(f"--m {args.m}: the toy has two domains, which share the prompts equally; use an even number")
     if not args.tasks:
         raise UserError("--tasks: missing; name multiple-choice tasks, for example arc_easy or FILE.jsonl")
+    for flag, name in (("--text", args.text), ("--eval-text", args.eval_text)):
+        check_text(name, flag)
+
+
+def choice_tasks(args):
+    """The rows of all tasks. Raises UserError for open answers: here a choice is looked up, not generated."""
+    tasks = load_tasks(args.tasks, args.limit)
+    for name, rows in tasks.items():
+        if "choices" not in rows[0] or "suffix" in rows[0]:
+            raise UserError(f"--tasks {name}: this experiment takes multiple-choice tasks with one context a row; use for example "
+                            "arc_easy")
+    return [row for rows in tasks.values() for row in rows]
 
 
 def main(argv=None):
     """Compress, learn sets of prompts, print the tables."""
     args, start = parse(argv), time.time()
-    device = loading.pick_device(args.device)
-    model, tokenizer = loading.load_model(args.model, device, args.dtype)
-    name, settings = args.compression
-    data = load_data(args, tokenizer)
-    calibration = compress.calibration_ids(data.ids, args.nsamples, args.seqlen, args.seed)
-    compress.compress_model(model, tokenizer, name, calibration, **settings)
-    alone = Scores(data.rows, [score(model, tokenizer, data.rows, data.chunks)])
-    args.baseline = (alone.accuracy(torch.zeros(len(data.rows), dtype=torch.long)),
-                     alone.perplexity(torch.zeros(len(data.chunks), dtype=torch.long)))
-    args.caption = (f"{args.model}, {name} {json.dumps(settings)}, {args.m} prompts of {args.prompt_length} tokens, "
-                    f"{args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens, {args.seeds} seeds; {args.tasks} "
-                    f"n = {len(data.rows)}, {len(data.chunks)} chunks; {loading.device_name(device)}")
-    results = run(model, tokenizer, args, data)
-    text = report(results, args)
-    print(text)
-    if args.out:
-        loading.write_text(f"{args.out}/choosing.md", text + "\n")
-        loading.write_json(f"{args.out}/choosing.json", {
-            "command": evaluate.command_line(), "settings": vars(args), "versions": loading.versions(),
-            "device": loading.device_name(device), "seconds": round(time.time() - start, 1), "tables": results})
+    device = pick_device(args.device)
+    with claim(args.out) as out:
+        rows = choice_tasks(args)
+        model, tokenizer = load_model(args.model, device, args.dtype)
+        compress.refuse_compressed(model, args.model)
+        compress.check_model(model, *args.compression)
+        check_room(model, "--train-seqlen", args.train_seqlen, args.m * args.prompt_length)
+        check_room(model, "--seqlen", args.seqlen)
+        name, settings = args.compression
+        data = load_data(args, tokenizer, rows)
+        calibration = compress.calibration_ids(data.ids, args.nsamples, args.seqlen, args.seed)
+        compress.compress_model(model, tokenizer, name, calibration, **settings)
+        alone = Scores(data.rows, [score(model, tokenizer, data.rows, data.chunks)])
+        args.baseline = (alone.accuracy(torch.zeros(len(data.rows), dtype=torch.long)),
+                         alone.perplexity(torch.zeros(len(data.chunks), dtype=torch.long)))
+        args.caption = (f"{args.model}, {name} {json.dumps(settings)}, {args.m} prompts of {args.prompt_length} tokens, "
+                        f"{args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens, {args.seeds} seeds; {args.tasks} "
+                        f"n = {len(data.rows)}, {len(data.chunks)} chunks; {device_name(device)}")
+        results = run_seeds(model, tokenizer, args, data)
+        text = report(results, args)
+        print(text)
+        if out:
+            with out.folder() as folder:
+                (folder / "choosing.md").write_text(text + "\n", encoding="utf-8")
+                (folder / "choosing.json").write_text(json_text({
+                    "command": evaluate.command_line(), "settings": vars(args), "versions": versions(),
+                    "device": device_name(device), "seconds": round(time.time() - start, 1), "tables": results}), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    loading.run(main)
+    run(main)

@@ -1,0 +1,354 @@
+"""Patterns: what recovery does inside. Attention and hidden states of a compressed and a recovered model,
+against the dense one.
+
+Paper: "Do Compressed LLMs Forget Knowledge?", arXiv 2310.00867, compares the attention and activation
+patterns of prompts and of LoRA. If knowledge was forgotten, a remedy must change the weights' work back; if
+it was displaced, redirecting is enough, and the patterns need not return to the dense ones. NOT IN PAPER (its
+text was not at hand): every measure below.
+
+    python recover.py --method idp  --out runs/idp                      # the runs bring model, compression and adapter
+    python recover.py --method lora --out runs/lora
+    python -m experiments.patterns --adapter runs/idp/adapter --adapter runs/lora/adapter --out runs/patterns
+
+Writes patterns.json, patterns.md and patterns.png. All models read the same chunks of --eval-text; per layer,
+averaged over heads, tokens and chunks:
+
+  attention     Jensen-Shannon divergence from the dense model's attention, in bits: 0 the same, 1 disjoint. Attention to
+                prompt tokens is taken out and the rest made to sum to one, so that only real tokens are
+                compared.
+  content       the same over the real tokens but the first, again made to sum to one.
+  direction     1 - cosine of the hidden state after the block and the dense one: 0 the same direction, 1 unrelated.
+  norm          length of the hidden state over the dense one's.
+  prompt share  attention on prompt tokens, of all attention.
+  first share   attention on the first real token, of all attention: where models park the attention they do
+  not need.
+
+The first token is left out as a query and as a hidden state: it sees nothing but itself (and the prompt), and
+its hidden state is hundreds of times longer than the others, so it would decide every mean.
+Letters: B chunks, T tokens, h heads, N prompt columns, L layers, A attention after its softmax, X hidden
+states (B, T, d).
+"""
+import contextlib
+import math
+import pathlib
+import time
+
+import torch
+import torch.nn.functional as F
+
+import compress
+from evaluate import adapter_name, command_line, prompt_columns
+from idp_minimal import IDP
+from methods.registry import load_adapter
+from support.cli import DTYPES, UserError, parse_flags, progress, run, say
+from support.data import check_text, load_text
+from support.files import STRING, Fields, one_of, read_json, whole_number
+from support.output import claim, json_text
+from support.architectures import blocks_of, check_room, device_name, pick_device, room, versions
+from support.models import load_model
+from support.tables import markdown
+from support.uncertainty import mean_ci95, shown
+
+MEASURES = {  # name -> (title, what a reader needs to know, does the dense model have it)
+    "attention": ("Attention pattern over real tokens", "JS divergence from dense (bits)", False),
+    "content": ("Attention pattern without the first token", "JS divergence from dense (bits)", False),
+    "direction": ("Hidden state after the block: direction", "1 - cosine to dense", False),
+    "norm": ("Hidden state after the block: length", "norm relative to dense", False),
+    "prompt share": ("Attention on prompt tokens", "share of all attention", False),
+    "first share": ("Attention on the first token", "share of all attention", True),
+}
+
+
+# --- 1. Measures --------------------------------------------------------------------------------------------
+
+def jensen_shannon(P, Q):
+    """Divergence of two distributions over the last dimension, in bits. P, Q (..., K) -> (...) in [0, 1]."""
+    entropy = lambda p: torch.special.entr(p).sum(-1) / math.log(2)
+    # JS(P, Q) = H((P + Q) / 2) - (H(P) + H(Q)) / 2
+    return (entropy((P + Q) / 2) - (entropy(P) + entropy(Q)) / 2).clamp(min=0)
+
+
+def to_one(A):
+    """Attention made to sum to one over the last dimension."""
+    return A / A.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+def split_prompt(A):
+    """Attention to prompt and to real tokens apart. A (B, h, T, N+T) -> (B, h, T, T) summing to one, (B, h,
+    T) on prompts.
+    """
+    N = A.shape[3] - A.shape[2]
+    return to_one(A[..., N:]), A[..., :N].sum(-1)
+
+
+def layer_measures(A, X, A_dense, X_dense):
+    """Every measure of one layer, on at least 3 tokens. -> {name: float}, means over heads and all tokens
+    but the first.
+    """
+    real, share = split_prompt(A)
+    X, X_dense = X[:, 1:], X_dense[:, 1:]                                                      # (B, T-1, d)
+    return {"attention": jensen_shannon(real, A_dense)[..., 1:].mean().item(),
+            "content": jensen_shannon(to_one(real[..., 2:, 1:]), to_one(A_dense[..., 2:, 1:])).mean().item(),
+            "direction": 1 - F.cosine_similarity(X, X_dense, dim=-1).mean().item(),
+            "norm": (X.norm(dim=-1) / X_dense.norm(dim=-1)).mean().item(),
+            "prompt share": share[..., 1:].mean().item(),
+            "first share": (real[..., 0] * (1 - share))[..., 1:].mean().item()}
+
+
+# --- 2. Looking inside --------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def visible_attention(model, attached=None):
+    """Within the block, attention is computed in plain PyTorch, so that A can be returned. attached: the IDP
+    in use, if any.
+    """
+    before = model.config._attn_implementation
+    if isinstance(attached, IDP):
+        attached.attention = "eager"    # its own attention function is in place: only how it computes changes
+    else:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if not isinstance(attached, IDP):
+            model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def look(model, ids):
+    """One pass. ids (B, T) -> ([(A (B, h, T, N+T), X (B, T, d)) of each layer] in float32, mean next-token
+    loss in nats).
+    """
+    states = []
+    keep = lambda module, args, out: states.append((out[0] if isinstance(out, tuple) else out).float())
+    hooks = [block.register_forward_hook(keep) for block in blocks_of(model)]
+    try:
+        out = model(ids, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    loss = F.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:])
+    return [(A.float(), X) for A, X in zip(out.attentions, states)], loss.item()
+
+
+def measure(model, chunks, reference, attached=None):
+    """Compare with the dense model. chunks (n, T); reference: what `look` gave for each. -> {measure: (n,
+    L)}, losses (n,).
+    """
+    table, losses = {name: [] for name in MEASURES}, []
+    with visible_attention(model, attached):
+        for ids, dense in zip(progress(chunks, desc="patterns"), reference):
+            layers, loss = look(model, ids[None].to(model.device))
+            rows = [layer_measures(A, X, *(t.to(A.device) for t in old)) for (A, X), old in zip(layers, dense)]
+            losses.append(loss)
+            for name in MEASURES:
+                table[name].append([row[name] for row in rows])
+    return {name: torch.tensor(values) for name, values in table.items()}, losses
+
+
+def look_at_dense(model, chunks):
+    """The reference: one list of layers per chunk, kept on the CPU (4 L h T^2 bytes of attention a chunk)."""
+    with visible_attention(model):
+        return [[(A.cpu(), X.cpu()) for A, X in look(model, ids[None].to(model.device))[0]] for ids in chunks]
+
+
+# --- 3. The runs of recover.py ------------------------------------------------------------------------------
+
+def run_settings(folder):
+    """What a run of recover.py says of its compressed model, checked. folder: an adapter's -> dict. Raises
+    UserError.
+    """
+    folder = pathlib.Path(folder)
+    beside = [parent / "results.json" for parent in (folder.resolve().parent, folder.resolve().parent.parent)]
+    found = [path for path in beside if path.is_file()]
+    if not folder.is_dir() or not found:
+        raise UserError(f"--adapter {folder}: needs RUN/adapter of recover.py --out RUN, with RUN/results.json beside it")
+    settings = Fields(read_json(found[0], "--adapter"), found[0], "--adapter").within("settings")
+    pair = (lambda value: isinstance(value, list) and len(value) == 2 and value[0] in compress.COMPRESSORS
+            and isinstance(value[1], dict), "a compressor and its settings: recover from a dense model")
+    return {"model": settings("model", STRING), "text": settings("text", STRING), "compression": settings("compression", pair),
+            "dtype": settings("dtype", one_of("auto", *DTYPES)), "seed": settings("seed", whole_number(0, 2**31 - 1)),
+            "nsamples": settings("nsamples", whole_number(1, 10**5)), "seqlen": settings("seqlen", whole_number(2, 10**6))}
+
+
+def read_settings(adapters, model):
+    """Settings that all runs share. -> dict. Raises UserError when they differ."""
+    runs = [run_settings(folder) for folder in adapters]
+    for folder, settings in zip(adapters, runs):
+        differing = [f"{key} {runs[0][key]} and {settings[key]}" for key in settings if settings[key] != runs[0][key]]
+        if differing:
+            raise UserError(f"--adapter {folder}: not the same compressed model as {adapters[0]} ({'; '.join(differing)}); "
+                            "give runs of the same compression")
+    if runs[0]["model"] != model:
+        raise UserError(f"--model {model}: the runs recovered {runs[0]['model']}; use --model {runs[0]['model']}")
+    return runs[0]
+
+
+def row_names(adapters):
+    """A short name for every adapter. Raises UserError for twins."""
+    names = [adapter_name(folder) for folder in adapters]
+    if len(set(names)) < len(names):
+        raise UserError(f"--adapter {' '.join(adapters)}: two are named {max(names, key=names.count)}; rename one run's folder")
+    return names
+
+
+def compress_as(model, tokenizer, settings):
+    """Compress in place exactly as the runs did."""
+    name, options = settings["compression"]
+    ids = load_text(settings["text"], tokenizer, "train")
+    ids = compress.calibration_ids(ids, settings["nsamples"], settings["seqlen"], settings["seed"])
+    report = compress.compress_model(model, tokenizer, name, ids, **options)
+    report["calibration"].update(text=settings["text"], seed=settings["seed"])
+    say("compression", compress.summary(report))
+
+
+def weights_on_cpu(model):
+    """A copy of every tensor of a model, off the device."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+# --- 4. Table and figure ------------------------------------------------------------------------------------
+
+def summarise(name, table, losses):
+    """One row of patterns.json: per layer, and the mean over layers with its 95 % interval over chunks."""
+    means = {key: {"mean": values.mean().item(), "ci95": mean_ci95(values.mean(1).tolist())} for key, values in table.items()}
+    return {"row": name, "loss": sum(losses) / len(losses), "chunks": len(losses), "means": means,
+            "layers": {key: values.mean(0).tolist() for key, values in table.items()}}
+
+
+def has(row, key):
+    """Whether a measure says anything about a row."""
+    return (row["row"] != "dense" or MEASURES[key][2]) and (key != "prompt share" or max(row["layers"][key]) > 0)
+
+
+def cell(row, key):
+    """One mean with its interval, as '0.049 [0.048, 0.051]'; '-' where the measure says nothing."""
+    if not has(row, key):
+        return "-"
+    value = row["means"][key]
+    return f"{value['mean']:.3f} {shown(value['ci95'], '{:.3f}'.format, row['chunks'])}"
+
+
+def text_of(rows, caption):
+    """The means of every model, then one table per measure with a line per layer. -> Markdown."""
+    head = ["model", "loss (nats)", *MEASURES]
+    parts = ["# Patterns: distance from the dense model", caption, "Means over layers [95 % over chunks]:",
+             markdown(head, [[row["row"], f"{row['loss']:.3f}", *(cell(row, key) for key in MEASURES)] for row in rows])]
+    for key, (title, unit, _) in MEASURES.items():
+        models = [row for row in rows if has(row, key)]
+        if models:
+            lines = [[i + 1, *(f"{row['layers'][key][i]:.4f}" for row in models)] for i in range(len(models[0]["layers"][key]))]
+            parts += [f"{title}: {unit}", markdown(["layer", *(row["row"] for row in models)], lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+STYLES = [("#999999", "-", "x"), ("black", "-", "o"), ("#d55e00", "--", "s"), ("#0072b2", "-.", "^"), ("#009e73", ":", "D"),
+          ("#cc79a7", (0, (5, 1)), "v"), ("#56b4e9", (0, (1, 1)), "P")]  # models differ in grey print as well
+
+
+def figure(rows, caption):
+    """One panel per measure over the layers. -> matplotlib Figure."""
+    import matplotlib                                      # only figures need it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(2, 3, figsize=(12.6, 7))
+    handles = {}
+    for ax, key in zip(axes.flat, MEASURES):
+        for i, row in enumerate(rows):
+            if has(row, key):
+                label = f"{row['row']}, loss {row['loss']:.2f} nats"
+                handles[label] = panel_line(ax, row["layers"][key], *STYLES[i % len(STYLES)])
+        ax.set_title(MEASURES[key][0], fontsize=10)
+        ax.set(xlabel="layer", ylabel=MEASURES[key][1], xlim=(0.5, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if key == "norm":
+            ax.axhline(1, color="#999999", linewidth=0.8)
+        else:
+            ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    labels = sorted(handles, key=[f"{row['row']}, loss {row['loss']:.2f} nats" for row in rows].index)
+    fig.legend([handles[label] for label in labels], labels, loc="upper center", ncol=4, frameon=False, handlelength=4, fontsize=9)
+    fig.text(0.5, 0.015, caption, ha="center", fontsize=8, wrap=True)
+    fig.tight_layout(rect=(0, 0.04, 1, 0.92))
+    plt.close(fig)
+    return fig
+
+
+def panel_line(ax, values, color, line, marker):
+    """One model in one panel. -> the line, for the legend."""
+    return ax.plot(range(1, len(values) + 1), values, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.4,
+                   markevery=max(1, len(values) // 10))[0]
+
+
+def chunks_of(ids, n, T, model, adapters):
+    """The first n chunks of T tokens. ids (tokens,) -> (n, T). Raises UserError when text or model has too
+    little room.
+    """
+    if T < 3 or len(ids) < n * T:
+        raise UserError(f"--limit {n}: {n} chunks of --eval-seqlen {T}, at least 3, need {n * max(T, 3)} tokens, and the text has "
+                        f"{len(ids)}; change one of the three")
+    space = room(model)
+    for method in adapters:
+        with method.inference() as attached:
+            space = min(space, room(model, prompt_columns(attached)))
+    if T > space:
+        raise UserError(f"--eval-seqlen {T}: beside the prompts the model has room for {space} tokens; use a smaller number")
+    return ids[:n * T].view(n, T)
+
+
+def parse(argv=None):
+    """The command line. -> argparse.Namespace; raises UserError for what cannot work."""
+    args = parse_flags(__doc__, ["model", "device", "text", "adapter", "eval_text", "eval_seqlen", "limit", "out"], argv,
+                       defaults={"limit": 8}, several=("adapter",))
+    if not args.adapter or args.out is None:
+        raise UserError("--adapter: needs RUN/adapter of recover.py (once or several times), and --out DIR")
+    args.eval_text = args.text if args.eval_text is None else args.eval_text
+    args.eval_seqlen = (64 if args.toy else 128) if args.eval_seqlen is None else args.eval_seqlen
+    check_text(args.eval_text, "--eval-text")
+    return args
+
+
+def measure_all(model, tokenizer, settings, args):
+    """Dense, compressed, every adapter. -> rows of patterns.json, the chunks (n, T) that were read."""
+    dense = weights_on_cpu(model)
+    compress_as(model, tokenizer, settings)
+    adapters = [load_adapter(model, folder) for folder in args.adapter]
+    chunks = chunks_of(load_text(args.eval_text, tokenizer, "test", "--eval-text"), args.limit, args.eval_seqlen, model, adapters)
+    compressed = weights_on_cpu(model)
+    model.load_state_dict(dense)
+    reference = look_at_dense(model, chunks)
+    rows = [summarise("dense", *measure(model, chunks, reference))]
+    model.load_state_dict(compressed)
+    rows.append(summarise("compressed", *measure(model, chunks, reference)))
+    for name, method in zip(row_names(args.adapter), adapters):
+        with method.inference() as attached:
+            rows.append(summarise(name, *measure(model, chunks, reference, attached)))
+    return rows, chunks
+
+
+def main(argv=None):
+    """Dense, compressed, each adapter: numbers, table, figure."""
+    args = parse(argv)
+    device, start = pick_device(args.device), time.time()
+    settings = read_settings(args.adapter, args.model)
+    row_names(args.adapter)
+    with claim(args.out) as out:
+        model, tokenizer = load_model(settings["model"], device, settings["dtype"])
+        check_room(model, "--eval-seqlen", args.eval_seqlen)
+        rows, chunks = measure_all(model, tokenizer, settings, args)
+        name, options = settings["compression"]
+        options = ", ".join(f"{key} {value}" for key, value in options.items() if value not in (None, False))
+        caption = (f"{args.model}, {name} {options}; n = {len(chunks)} chunks of {chunks.shape[1]} tokens of "
+                   f"{pathlib.Path(args.eval_text).name}; mean over heads and tokens but the first")
+        text = text_of(rows, caption)
+        with out.folder() as folder:
+            figure(rows, caption).savefig(folder / "patterns.png", dpi=150)
+            (folder / "patterns.md").write_text(text, encoding="utf-8")
+            (folder / "patterns.json").write_text(json_text({
+                "command": command_line(), "settings": {**vars(args), "runs": settings}, "versions": versions(),
+                "device": device_name(device), "seconds": round(time.time() - start, 1), "rows": rows}), encoding="utf-8")
+        print(text.split("\n\nAttention pattern over")[0])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,123 @@
+"""Architectures: which models there are, on which device, in which numbers, and how much they can read.
+
+Add an architecture: one line in ARCHS.
+"""
+import platform
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from support.cli import DTYPES, UserError
+
+
+# --- 1. Devices and numbers ---------------------------------------------------------------------------------
+
+def pick_device(name):
+    """auto -> cuda, else mps, else cpu. -> torch.device. Raises UserError for a device this machine lacks."""
+    available = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    available += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if name == "auto":
+        return torch.device(available[-1] if len(available) == 1 or "cuda:0" not in available else "cuda:0")
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in available:
+        raise UserError(f"--device {name}: not available here; use one of: auto {' '.join(available)}")
+    return torch.device(wanted)
+
+
+def pick_dtype(name, device, model_name):
+    """auto -> float32 on a CPU and for the toy, else bfloat16, or float16 where the device has no bfloat16.
+
+    -> torch.dtype.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if torch.device(device).type == "cpu" or model_name == "toy":
+        return torch.float32
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float16
+
+
+def versions():
+    """Versions of what moves a number. -> {"python", "torch", "transformers"}."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__}
+
+
+def device_name(device):
+    """A name a reader can compare: the GPU's own, or the processor with its thread count."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.device(device).type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+# --- 2. Architectures: what differs is a row, not a file ----------------------------------------------------
+
+@dataclass(frozen=True)
+class Arch:
+    """Where the decoder blocks sit, and which linears LoRA adapts by default: PEFT's, so that both agree."""
+    blocks: str
+    lora: tuple
+
+
+ARCHS = {
+    "llama": Arch("model.layers", ("q_proj", "v_proj")),               # LLaMA, SmolLM, TinyLlama
+    "mistral": Arch("model.layers", ("q_proj", "v_proj")),
+    "qwen2": Arch("model.layers", ("q_proj", "v_proj")),
+    "qwen3": Arch("model.layers", ("q_proj", "v_proj")),
+    "opt": Arch("model.decoder.layers", ("q_proj", "v_proj")),
+    "gpt2": Arch("transformer.h", ("c_attn",)),
+    "gpt_neox": Arch("gpt_neox.layers", ("query_key_value",)),         # Pythia
+}
+
+
+def arch_of(model):
+    """-> the Arch of a model (or of its config). Raises UserError for an architecture that has no row."""
+    config = getattr(model, "config", model)
+    if config.model_type not in ARCHS:
+        raise UserError(f"--model: architecture {config.model_type!r} is not supported; use one of: "
+                        f"{' '.join(ARCHS)}")
+    return ARCHS[config.model_type]
+
+
+def blocks_of(model):
+    """-> nn.ModuleList of the decoder blocks, the only part that is compressed."""
+    return model.get_submodule(arch_of(model).blocks)
+
+
+def linears_of(block):
+    """{name: layer} of the linear layers in a block; GPT-2 calls them Conv1D and stores W^T."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def weight_of(layer):
+    """A view of a layer's weight as W (out, in)."""
+    return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+
+
+def as_stored(layer, W):
+    """W (out, in) as the layer's weight holds it; contiguous."""
+    return W.T.contiguous() if isinstance(layer, Conv1D) else W.contiguous()
+
+
+def room(model, columns=0):
+    """How many tokens a model reads beside `columns` prompt tokens.
+
+    -> int, below 1 when the prompt alone is too long.
+    The limit is its positions. Behind a prompt it is its sliding window too: a window that moves past the
+    prompt loses it.
+    """
+    limits = [getattr(model.config, "max_position_embeddings", None)]
+    limits += [getattr(model.config, "sliding_window", None)] if columns else []
+    return min(filter(None, limits), default=2**31) - columns
+
+
+def check_room(model, flag, tokens, columns=0):
+    """Raise UserError, before any work, when `tokens` of a flag do not fit beside `columns` prompt tokens."""
+    if tokens > room(model, columns):
+        beside = f" beside {columns} prompt tokens" if columns else ""
+        raise UserError(f"{flag} {tokens}: the model reads {max(0, room(model, columns))} tokens{beside}; "
+                        "use fewer")

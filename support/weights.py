@@ -1,0 +1,227 @@
+"""Weights: a model's folder and what lies in it, looked at before transformers does.
+
+A stranger's folder can hang, fill the memory, run code or load random numbers in silence. So its config.json,
+its weights' headers and its reports are checked first, and each mistake is one line that names --model, the
+file and the fix.
+"""
+import json
+import math
+import pathlib
+import re
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from support.architectures import ARCHS
+from support.cli import FLAGS, SWITCH, UserError, check_limits, flag_of
+from support.files import (
+    OBJECT, STRING, Fields, Tensors, list_of, number, one_of, or_null, read_json, whole_number)
+
+
+# --- 1. transformers, called safely -------------------------------------------------------------------------
+
+PART = {AutoConfig: "config.json", AutoTokenizer: "tokenizer", GenerationConfig: "generation_config.json"}
+
+
+def from_pretrained(kind, source, name, **extra):
+    """kind.from_pretrained(source), safely. Raises UserError with the first words of whatever it raises."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its reports of many lines: ours is one, and an error
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, **extra)
+    except Exception as error:  # damaged folders and lost networks raise many types
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--model {name}: its {PART.get(kind, 'weights')} cannot be loaded "
+                        f"({words[:200]}); use toy, smollm2, a folder that save_pretrained wrote with "
+                        "safetensors, or a hub id with network access") from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+# --- 2. A folder, looked at before transformers does --------------------------------------------------------
+# What transformers reads of a stranger's folder may be of any type and size: it would hang, fill the memory,
+# or take random numbers for what is missing.
+
+LAYERS = ("num_hidden_layers", "n_layer")
+WIDTHS = ("hidden_size", "n_embd")
+HEADS = ("num_attention_heads", "n_head")
+SIZES = (*WIDTHS, *HEADS, "intermediate_size", "ffn_dim", "word_embed_proj_dim", "num_key_value_heads",
+         "head_dim", "vocab_size", "max_position_embeddings", "n_positions", "n_inner", "sliding_window")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+FLOATS = ("F64", "F32", "F16", "BF16")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+# Tensors that old checkpoints hold and no model reads: masks and frequencies that are computed today.
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$")
+
+
+def check_folder(path, name):
+    """Check what a model's folder says of itself. -> its compression.json, {} if there is none.
+
+    Raises UserError.
+    """
+    config = Fields(read_json(path / "config.json", "--model"), path / "config.json", "--model")
+    check_config(config, name)
+    if (path / "adapter_config.json").exists():  # transformers would load the base that it names instead
+        raise UserError(f"--model {name}: holds an adapter (adapter_config.json); give the model that it was "
+                        "trained on, and this folder as --adapter")
+    if not any((path / file).exists() for file in TOKENIZERS):
+        raise UserError(f"--model {name}: has no tokenizer; copy {TOKENIZERS[0]} and tokenizer_config.json "
+                        "into it")
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        if (path / file).exists():
+            check_special(read_json(path / file, "--model"), path / file)
+    check_index(path)
+    check_weights(path, config)
+    ours, packed = path / "compression.json", (path / "packed.safetensors").exists()
+    if not ours.exists() and (packed or (path / "compression.grids").exists()):
+        raise UserError(f"--model {name}: was written by compress.py and has no compression.json; write it "
+                        "again")
+    return read_compression(ours) if ours.exists() else {}
+
+
+def check_config(config, name):
+    """Refuse sizes that no model has, and heads that do not share out the width. config: of config.json."""
+    config("model_type", one_of(*ARCHS))
+    for key in LAYERS:
+        config(key, whole_number(1, 1000), None)
+    for key in SIZES:
+        if config.obj.get(key) is not None:
+            config(key, whole_number(1, 10**7))
+    if config.obj.get("quantization_config") is not None:
+        raise UserError(f"--model {name}: is stored quantized by another tool (quantization_config); give "
+                        "its dense original")
+    first = lambda keys: next((config.obj[key] for key in keys if config.obj.get(key) is not None), None)
+    width, heads, groups = first(WIDTHS), first(HEADS), config.obj.get("num_key_value_heads")
+    if width and heads and config.obj.get("head_dim") is None and width % heads:
+        raise UserError(f"{config.where}: {heads} attention heads do not share out a width of {width}; give "
+                        "the config.json that belongs to the weights")
+    if heads and groups and heads % groups:
+        raise UserError(f"{config.where}: {groups} num_key_value_heads do not divide {heads} attention "
+                        "heads; give the config.json that belongs to the weights")
+
+
+def check_special(obj, path):
+    """Refuse special tokens that are no token. obj: the JSON object of a file."""
+    fields, token = Fields(obj, path, "--model"), or_null(whole_number(-1, 10**7))
+    for key in SPECIAL:
+        if not isinstance(obj.get(key), list):
+            fields(key, token, None)
+        else:
+            fields(key, list_of(whole_number(0, 10**7)))
+
+
+def check_index(path):
+    """Refuse an index of shards that names a file which is not in the folder."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    shards = Fields(read_json(index, "--model"), index, "--model")("weight_map", OBJECT)
+    for shard in shards.values():
+        inside = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
+        if not inside or not (path / shard).is_file():
+            raise UserError(f"--model {index}: names a file {str(shard)[:80]} that is not in the folder; "
+                            "download it again")
+
+
+def tensors_in(path):
+    """{name: (shape, type)} of every tensor in a folder's weights, from the files' headers."""
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with Tensors(file, "--model") as opened:
+            found.update({name: (opened.shape(name), opened.kind(name)) for name in opened.names()})
+    return found
+
+
+def check_weights(path, config):
+    """Refuse weights that are not floating point, and more layers than tensors. config: of config.json."""
+    found = tensors_in(path)
+    for name, (_, kind) in {} if (path / "packed.safetensors").exists() else found.items():
+        if kind not in FLOATS and not COMPUTED.search(name):
+            raise UserError(f"--model {path}: {name} holds {kind}, and weights must be floating point; give "
+                            "the dense original")
+    layers = max(config.obj.get(key) or 1 for key in LAYERS)
+    if found and layers > len(found):                      # before a model of that many layers is built
+        raise UserError(f"{config.where}: describes {layers} layers, and the folder holds {len(found)} "
+                        "tensors; give the config.json that belongs to the weights")
+
+
+def read_compression(path):
+    """compression.json, checked. -> dict. Raises UserError."""
+    obj = read_json(path, "--model")
+    fields = Fields(obj, path, "--model")
+    fields("compressor", STRING)
+    fields("base_model", STRING)
+    fields("weight_bytes", whole_number(1, 2**50))
+    fields("mean_error", number(0, 1e6))
+    fields("layers", (lambda value: isinstance(value, dict) and len(value) > 0
+                      and all(isinstance(row, dict) for row in value.values()), "an object, a layer a key"))
+    calibration = fields.within("calibration")
+    calibration("nsamples", whole_number(1, 10**7))
+    calibration("seqlen", whole_number(1, 10**7))
+    for key, value in fields("settings", OBJECT).items():
+        check_setting(key, value, path)
+    return obj
+
+
+def check_setting(key, value, path):
+    """Refuse a compressor's setting that its flag would refuse."""
+    switch = key in FLAGS and FLAGS[key].kind is SWITCH
+    try:
+        if switch and not isinstance(value, bool) or isinstance(value, (dict, list)):
+            raise UserError(f"{flag_of(key)} {json.dumps(value)[:60]}: is not what that flag takes; write it "
+                            "again")
+        check_limits(**{key: value} if key in FLAGS and not switch else {})
+    except UserError as error:
+        raise UserError(f"--model {path}: settings: {error}") from None
+
+
+# --- 3. Weights ---------------------------------------------------------------------------------------------
+
+def skeleton(config, name):
+    """The model that a config describes, without its numbers (on the meta device): it takes no memory."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a config's values can be wrong in as many ways as there are values
+        raise UserError(f"--model {name}: its config.json describes no model ({str(error).strip()[:200]}); "
+                        "give the one that belongs to the weights") from error
+
+
+def check_size(empty, path):
+    """Refuse a config.json that describes far more numbers than the files hold, before memory is asked for.
+
+    Twice as many: an embedding may stand for a head that is missing, and is then named, see check_report.
+    """
+    described = sum(parameter.numel() for parameter in empty.parameters())
+    stored = sum(math.prod(shape) for shape, _ in tensors_in(path).values())
+    if stored and described > 2 * stored:
+        raise UserError(f"--model {path}: its config.json describes {described:,} weights, and its files "
+                        f"hold {stored:,}; they belong to different models")
+
+
+def check_report(report, name):
+    """Refuse what transformers lets pass: random numbers for missing tensors, tensors left over."""
+    wrong = {"lack": report["missing_keys"], "have no place for": report["unexpected_keys"],
+             "have another shape of": [key[0] for key in report["mismatched_keys"]]}
+    for words, keys in wrong.items():
+        keys = sorted(str(key) for key in keys if not COMPUTED.search(str(key)))
+        if keys:
+            more = f" and {len(keys) - 1} more" if keys[1:] else ""
+            raise UserError(f"--model {name}: its weights {words} {keys[0]}{more} (random numbers would "
+                            "stand in, or a part be left out); use a complete model")
+
+
+def fill(empty, weights, dtype, folder):
+    """A model out of a dict of tensors. empty: its skeleton; weights: {name: tensor in dtype}.
+
+    -> model on the CPU.
+    transformers does it, as for any folder: tied weights, and what is computed rather than stored.
+    """
+    model, report = from_pretrained(type(empty), None, folder, config=empty.config, state_dict=weights,
+                                    dtype=dtype, output_loading_info=True)
+    check_report(report, folder)
+    if (pathlib.Path(folder) / "generation_config.json").exists():
+        model.generation_config = from_pretrained(GenerationConfig, folder, folder)
+    return model
