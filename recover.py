@@ -5,7 +5,7 @@ is small:
 
     prompt   one soft prompt of n tokens in front of the input            (Lester et al. 2021)
     prefix   trained keys and values in every layer           (Li and Liang 2021; the paper's second baseline)
-    idp      m soft prompts, learnt separately; each input chooses one    (the paper; idp_minimal.py)
+    idp      m soft prompts, learnt apart; each input chooses one; with each alone, and concatenated [Tab. 3]
     lora     W + (alpha / r) B A on some linear layers                    (Hu et al. 2021)
 
     python recover.py --method idp                                       # toy model, CPU, no network, under a minute
@@ -132,7 +132,7 @@ def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, chec
     (the trainables then hold the last good state).
     """
     groups, device = method.groups(), method.model.device
-    check_training(ids, batch_size, seqlen, accumulate, len(groups))
+    check_training(ids, batch_size, seqlen, accumulate)
     optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=lr, weight_decay=0.0)
     first, loss = saved.restore(method, optimizer) if saved and resume else (0, None)
     good, start = snapshot(method), time.time()
@@ -154,13 +154,13 @@ def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, chec
 
 
 def one_step(method, optimizer, rows, accumulate):
-    """One AdamW step on a batch. rows (B, T) -> the mean loss of the batch, a tensor still on the device."""
+    """One AdamW step on a batch. rows (B, T) -> its mean loss, a tensor still on the device."""
     groups, total = method.groups(), 0
     for part in rows.chunk(accumulate):
-        losses = method.losses(part)                       # (B / accumulate,)
-        # each of the len(groups) prompts gets the mean over its own B / len(groups) rows
-        (losses.sum() * len(groups) / len(rows)).backward()
-        total = total + losses.detach().sum() / len(rows)
+        losses = method.losses(part)                       # one a row, or with m prompts one a row and prompt
+        # each of the len(groups) prompts gets the mean over its own losses
+        (losses.mean() * len(groups) / accumulate).backward()
+        total = total + losses.detach().mean() / accumulate
     for group in groups:
         nn.utils.clip_grad_norm_(group, 1.0)
     optimizer.step()
@@ -177,14 +177,13 @@ def check_loss(method, loss, good, lr, step):
         raise UserError(f"--lr {lr}: the loss stopped being a number near step {step + 1}; use a smaller --lr")
 
 
-def check_training(ids, batch_size, seqlen, accumulate, m):
+def check_training(ids, batch_size, seqlen, accumulate):
     """Refuse what cannot train, before the first step."""
     if len(ids) < seqlen:
         raise UserError(f"--text: has {len(ids)} tokens, fewer than one row of --train-seqlen {seqlen}; give more text")
-    if batch_size % (accumulate * m):
-        best = accumulate * m * max(1, batch_size // (accumulate * m))
-        raise UserError(f"--batch-size {batch_size}: must be a multiple of {accumulate * m} (--accumulate {accumulate} x {m} prompts), "
-                        f"so that every prompt sees equally many rows; use {best}")
+    if batch_size % accumulate:
+        best = accumulate * max(1, batch_size // accumulate)
+        raise UserError(f"--batch-size {batch_size}: must be a multiple of --accumulate {accumulate}; use {best}")
 
 
 class Checkpoint:
@@ -232,11 +231,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")                        # Adam's, under torch
 
 # --- 2. The command -----------------------------------------------------------------------------------------
 
-METHOD_FLAGS = ("prompt_length", "prompt_lengths", "selector", "rank", "alpha", "targets", "merge")
+METHOD_FLAGS = ("prompt_length", "prompt_lengths", "selector", "layers", "scores", "rank", "alpha", "targets", "merge")
 TRAINING_FLAGS = ("steps", "batch_size", "train_seqlen", "lr", "accumulate", "checkpointing")
 TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "method", *METHOD_FLAGS, *TRAINING_FLAGS, "resume",
          "tasks", "limit", "eval_text", "eval_seqlen", "eval_context", "eval_chunks", "out"]
-CHOICES = {"compressor": compress.COMPRESSORS, "method": METHODS, "selector": sorted(set(SELECTORS) - {"oracle"})}
+CHOICES = {"compressor": compress.COMPRESSORS, "method": METHODS, "selector": sorted(set(SELECTORS) - {"oracle"}),
+           "layers": ["every", "first"], "scores": ["logits", "probabilities"]}
 
 
 def parse(argv=None):
@@ -261,8 +261,7 @@ def check_job(args):
     refuse_given(args, set(METHOD_FLAGS) - taken, f"--method {','.join(args.method)} has no such setting; leave it out")
     for flag, name in (("text", args.text), ("eval_text", args.eval_text)):
         check_text(name, flag_of(flag))
-    m = len(args.prompt_lengths) if "prompt_lengths" in taken else 1
-    check_training(range(args.train_seqlen), args.batch_size, args.train_seqlen, args.accumulate, m)
+    check_training(range(args.train_seqlen), args.batch_size, args.train_seqlen, args.accumulate)
 
 
 def fill_evaluation(args):
@@ -274,12 +273,10 @@ def fill_evaluation(args):
 
 
 def longest_prompt(args):
-    """The positions that the longest prompt of the run takes, so that every row leaves the same room. 0
-    without prompts.
-    """
+    """The positions that the longest prompt of the run takes (all in a row, for idp), so that every row has equal room."""
     flags = {flag for name in args.method for flag in METHODS[name].flags if flag.startswith("prompt_length")}
     values = [getattr(args, flag) for flag in flags]
-    return max((max(value) if isinstance(value, list) else value for value in values), default=0)
+    return max((sum(value) if isinstance(value, list) else value for value in values), default=0)
 
 
 class Run:
@@ -293,7 +290,7 @@ class Run:
         self.grids, self.columns = {}, longest_prompt(args)
         self.check_model()
         self.train_ids = load_text(args.text, self.tokenizer, "train")
-        check_training(self.train_ids, args.batch_size, args.train_seqlen, 1, 1)
+        check_training(self.train_ids, args.batch_size, args.train_seqlen, 1)
         self.eval_ids = evaluate.load_scored_text(args.eval_text, self.tokenizer)
 
     def check_model(self):
@@ -349,6 +346,9 @@ class Run:
         saved = Checkpoint(self.out, name, self.training_recipe(name, settings, lr)) if self.out else None
         training = train(method, self.train_ids, args.steps, args.batch_size, args.train_seqlen, lr, args.seed, args.accumulate,
                          args.checkpointing, saved, resume=args.resume)
+        parts = method.parts() if row is None and hasattr(method, "parts") else {}
+        for part, alone in parts.items():
+            self.measure(part, weight_bytes, alone)
         self.measure(row or name, weight_bytes, method, training={**training, "lr": lr})
         return method
 

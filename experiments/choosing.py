@@ -51,7 +51,18 @@ TABLES = ("rules", "sets", "planted")
 
 # --- 1. Sets of prompts -------------------------------------------------------------------------------------
 
-class AssignedPrompts(SoftPrompts):
+READING = {"layers": "first", "scores": "probabilities"}   # one choice a sequence, so that it can be looked up
+
+
+class DealtPrompts(SoftPrompts):
+    """Rows are dealt out to the m prompts in turn, each on its own share of the data: equal tokens for every m."""
+
+    def losses(self, ids, owner=None):
+        """ids (B, T); row b trains prompt b mod m. -> (B,)."""
+        return super().losses(ids, torch.arange(len(ids), device=ids.device) % len(self.prompts) if owner is None else owner)
+
+
+class AssignedPrompts(DealtPrompts):
     """Each row trains the prompt that now fits it best: hard expectation-maximisation over the set.
 
     It costs m forward passes more per step than dealing rows out; tokens that are trained on are the same.
@@ -87,7 +98,7 @@ def make_set(kind, model, data, args, seed):
     """Train one set of prompts with args.m * args.prompt_length tokens in all. -> SoftPrompts."""
     m, n = args.m, args.prompt_length
     lengths = {"lengths": unequal(m * n, m), "single": [m * n]}.get(kind, [n] * m)
-    method = (AssignedPrompts if kind == "assigned" else SoftPrompts)(model, lengths, seed=seed)
+    method = (AssignedPrompts if kind == "assigned" else DealtPrompts)(model, lengths, seed=seed)
     sample = shard_batches(data.shards) if kind == "shards" else recover.batch_at
     recover.train(method, data.ids, args.steps, args.batch_size, args.train_seqlen, args.lr, seed, sample=sample)
     return method
@@ -115,7 +126,7 @@ def choices_of(model, bank, contexts, batch_size=32, seed=0):
             chosen[rule].append(SELECTORS[rule](A, real, owner, **options).argmax(1).cpu())
         return mean_attention(A, real, owner)
 
-    with attach_idp(model, bank, record):
+    with attach_idp(model, bank, record, **READING):
         for start in range(0, len(contexts), batch_size):
             ids, mask = evaluate.pad(contexts[start:start + batch_size], 0, left=True, device=model.device)
             model(ids, attention_mask=mask, logits_to_keep=1)
@@ -233,7 +244,7 @@ def measure_set(method, tokenizer, data, seed):
 TRIGGERS, PLANTED_LR = ("<s>", "</s>"), 0.1
 
 
-class AnswerPrompts(SoftPrompts):
+class AnswerPrompts(DealtPrompts):
     """Soft prompts that learn from the last token of each row, the answer."""
     counted = slice(-1, None)
 

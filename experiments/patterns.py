@@ -97,6 +97,17 @@ def layer_measures(A, X, A_dense, X_dense):
 
 # --- 2. Looking inside --------------------------------------------------------------------------------------
 
+def eager_attention(module, query, key, value, mask, scaling, dropout=0.0):
+    """The same attention in plain PyTorch, to look inside. -> out (B, T, h, d_k), A (B, h, T, columns)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = (query @ key.transpose(2, 3)).float() * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    A = F.dropout(logits.softmax(-1).to(query.dtype), dropout, module.training)
+    return (A @ value).transpose(1, 2).contiguous(), A
+
+
 @contextlib.contextmanager
 def visible_attention(model, attached=None):
     """Within the block, attention is computed in plain PyTorch, so that A can be returned. attached: the IDP
@@ -104,7 +115,7 @@ def visible_attention(model, attached=None):
     """
     before = model.config._attn_implementation
     if isinstance(attached, IDP):
-        attached.attention = "eager"    # its own attention function is in place: only how it computes changes
+        attached.attend = eager_attention                  # its own function is in place: only the kernel changes
     else:
         model.set_attn_implementation("eager")
     try:

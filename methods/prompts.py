@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from idp_minimal import CACHE, SELECTORS, PromptBank, attach_idp, prompt_cache
+from methods import selectors                          # noqa: F401, more rules join SELECTORS
 from methods.losses import row_losses
 from support.adapters import (IDP, IDP_CONFIG, PREFIX_TUNING, PROMPT_TUNING, SIZE, base_of, check_keys,
                               check_prompt_room, folder_inside, open_weights, read_config, read_tensor,
@@ -37,17 +38,18 @@ def initial_prompt(model, n, generator):
 
 
 class SoftPrompts:
-    """`prompt` (one) and `idp` (m): trained vectors in front of the input. [Lester et al.] [IDP: prompts]
+    """`prompt` (one) and `idp` (m): trained vectors in front of the input. [Lester et al.] [§3.3.1]
 
-    Rows of a batch are dealt out to the m prompts in turn, and each prompt's loss is the mean over its own
-    rows: so m prompts learn separately, each on its own share of the data, in one pass. Equal training tokens
-    for every m.
+    The m prompts are trained side by side and know nothing of one another: each learns from every row, as m
+    separate runs of ordinary prompt tuning would. Choosing exists at inference only. So IDP's training costs
+    m prompts.
     """
     counted = slice(None)                                  # tokens that count, of those after the first
 
-    def __init__(self, model, lengths, seed=0, selector="mean_attention"):
+    def __init__(self, model, lengths, seed=0, selector="mean_attention", layers="every", scores="logits"):
         generator = torch.Generator().manual_seed(seed)
-        self.model, self.selector, self.lengths, self.N = model, selector, list(lengths), max(lengths)
+        self.model, self.lengths, self.N = model, list(lengths), max(lengths)
+        self.reading = {"selector": selector, "layers": layers, "scores": scores}
         self.prompts = [nn.Parameter(initial_prompt(model, n, generator)) for n in lengths]
         # Prompts stand at the right end of N columns. Made once: a copy to the device is a wait in each step.
         padding = self.N - torch.tensor(self.lengths)      # (m,)
@@ -59,12 +61,15 @@ class SoftPrompts:
         return [[P] for P in self.prompts]
 
     def losses(self, ids, owner=None):
-        """ids (B, T); row b trains prompt owner[b], b mod m when not given. -> (B,).
+        """ids (B, T) -> (m B,): every row under every prompt. With owner (B,): row b under prompt owner[b] -> (B,).
 
         No prompt sees the rows that follow it: so each runs once a step, and its rows share keys and values.
         """
-        (B, T), N, m = ids.shape, self.N, len(self.prompts)
-        owner = torch.arange(B, device=ids.device) % m if owner is None else owner
+        m = len(self.prompts)
+        if owner is None:
+            owner = torch.arange(m, device=ids.device).repeat_interleave(len(ids))
+            ids = ids.repeat(m, 1)                                                             # (m B, T)
+        (B, T), N = ids.shape, self.N
         padded = torch.stack([F.pad(P, (0, 0, N - len(P), 0)) for P in self.prompts])   # (m, N, d)
         positions = torch.arange(N + T - 1, device=ids.device)[None]                    # (1, N+T-1)
         cache = DynamicCache()
@@ -81,9 +86,18 @@ class SoftPrompts:
         return contextlib.nullcontext()
 
     def inference(self):
-        """The prompts as a bank of keys and values, one chosen per input. [IDP: bank] [IDP: choice]"""
+        """The prompts as a bank of keys and values, one chosen per input. [§3.2]"""
         bank = PromptBank.from_prompts(self.model, [P.detach() for P in self.prompts])
-        return attach_idp(self.model, bank, self.selector)
+        return attach_idp(self.model, bank, **self.reading)
+
+    def parts(self):
+        """{row: method} of what IDP is compared with: each prompt alone, and all in a row. [Tab. 3]"""
+        if len(self.prompts) == 1:
+            return {}
+        named = {f"prompt {k + 1} alone ({n} tokens)": [P.detach()] for k, (n, P) in
+                 enumerate(zip(self.lengths, self.prompts))}
+        named["concatenated"] = [torch.cat([P.detach() for P in self.prompts])]
+        return {name: soft_prompts_from(self.model, prompts) for name, prompts in named.items()}
 
     def tensors(self):
         """-> {name: tensor}, what a checkpoint holds."""
@@ -96,7 +110,7 @@ class SoftPrompts:
         for k, P in enumerate(self.prompts):
             self.save_prompt(folder / "prompts" / str(k), P)
         write_json(folder / IDP_CONFIG, {
-            "method": "idp", "selector": self.selector, "lengths": self.lengths,
+            "method": "idp", **self.reading, "lengths": self.lengths,
             "prompts": [f"prompts/{k}" for k in range(len(self.prompts))], **base_of(self.model)})
         write_recipe(folder, self.model)
 
@@ -108,9 +122,9 @@ class SoftPrompts:
             "num_layers": self.model.config.num_hidden_layers, "prompt_tuning_init": "RANDOM"})
 
 
-def soft_prompts_from(model, prompts, selector="mean_attention"):
+def soft_prompts_from(model, prompts, **reading):
     """SoftPrompts that hold given tensors (n_k, d)."""
-    method = SoftPrompts(model, [len(P) for P in prompts], selector=selector)
+    method = SoftPrompts(model, [len(P) for P in prompts], **reading)
     with torch.no_grad():
         for own, P in zip(method.prompts, prompts, strict=True):
             own.copy_(P)
@@ -145,7 +159,10 @@ def read_idp(model, config, folder):
     """idp_config.json and its folders of prompts. -> SoftPrompts. Raises UserError."""
     check_keys(config, IDP)
     names, lengths = config("prompts", IDP["prompts"]), config("lengths", IDP["lengths"])
-    selector = config("selector", one_of(*STORED_SELECTORS))
+    # Folders without layers and scores were written when there was one reading: the first layer, after the softmax.
+    reading = {"selector": config("selector", one_of(*STORED_SELECTORS)),
+               "layers": config("layers", IDP["layers"], "first"),
+               "scores": config("scores", IDP["scores"], "probabilities")}
     if len(lengths) != len(names):
         raise UserError(f"{config.where}: lengths has {len(lengths)} numbers for {len(names)} prompts; copy "
                         "the whole adapter again")
@@ -154,7 +171,7 @@ def read_idp(model, config, folder):
         if len(P) != n:
             raise UserError(f"{config.where}: lengths says {n} for {name}, which has {len(P)} tokens; copy "
                             "the whole adapter again")
-    return soft_prompts_from(model, prompts, selector)
+    return soft_prompts_from(model, prompts, **reading)
 
 
 def read_member(model, config, folder, name):

@@ -36,14 +36,15 @@ COMPRESSORS = {
 #     losses(ids)      (B, T) -> (B,), one mean loss a row
 #     training(), inference()    context managers under which the model is trained or used
 #     tensors()        {name: trainable}, what a checkpoint holds
+#     parts()          optional: {row: method} of what it is compared with, measured before it
 #     save(folder)     the adapter's folder, by support.adapters.write_peft
 # flags: the names in support.cli.FLAGS that it takes. settings: args -> the constructor's arguments. rates:
 # its peak learning rate, on the toy model and on others. sizes: (flag, values) by which experiments make it
 # larger. peft_type: what its folder's config says. read: (model, that config's Fields, folder) -> an object.
 Method = collections.namedtuple("Method", "build flags settings rates sizes peft_type read")
 
-# NOT IN PAPER: the peak learning rates. Within 1 % of the lowest perplexity of `sweep.py rates`, one grid for
-# all: on the toy, and on SmolLM2 at 3 bits (README; idp as prompt). For a model of another size they are a
+# NOT IN PAPER: the peak learning rates. Within 1 % of the lowest perplexity of `experiments.sweep rates`, one grid for
+# all: on the toy, and on SmolLM2 at 3 bits (results/; idp as prompt). For a model of another size they are a
 # start: sweep yours.
 PROMPT_RATES = {"toy": 1e-1, "other": 3e-2}
 LORA_RATES = {"toy": 1e-2, "other": 1e-2}
@@ -61,7 +62,7 @@ def prefix_settings(args):
 
 def idp_settings(args):
     """A prompt for each of --prompt-lengths."""
-    return {"lengths": args.prompt_lengths, "selector": args.selector}
+    return {"lengths": args.prompt_lengths, "selector": args.selector, "layers": args.layers, "scores": args.scores}
 
 
 def lora_settings(args):
@@ -74,8 +75,8 @@ METHODS = {
                      ("prompt_length", (1, 4, 16, 64)), "PROMPT_TUNING", read_prompt),
     "prefix": Method(Prefix, ("prompt_length",), prefix_settings, PROMPT_RATES,
                      ("prompt_length", (1, 4, 16, 64)), "PREFIX_TUNING", read_prefix),
-    "idp": Method(SoftPrompts, ("prompt_lengths", "selector"), idp_settings, PROMPT_RATES,
-                  ("prompt_lengths", ([1] * 4, [4] * 4, [16] * 4)), "IDP", read_idp),
+    "idp": Method(SoftPrompts, ("prompt_lengths", "selector", "layers", "scores"), idp_settings, PROMPT_RATES,
+                  ("prompt_lengths", ([1, 2], [4, 8], [16, 32])), "IDP", read_idp),
     "lora": Method(LoRA, ("rank", "alpha", "targets", "merge"), lora_settings, LORA_RATES,
                    ("rank", (1, 2, 4, 8, 16)), "LORA", read_lora),
 }

@@ -153,6 +153,7 @@ PREFIX_TUNING = {
 }
 IDP = {
     "method": one_of("idp"), "prompts": PATHS_INSIDE, "lengths": list_of(SIZE), "selector": STRING,
+    "layers": one_of("every", "first"), "scores": one_of("logits", "probabilities"),
     "base_model_name_or_path": TEXT_OR_NULL, "auto_mapping": OBJECT_OR_NULL,
 }
 

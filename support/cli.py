@@ -132,8 +132,10 @@ FLAGS = {
 
     "method": Flag(METHOD, items(TEXT), ["idp"], "how to recover, one or several, comma-separated"),
     "prompt_length": Flag(METHOD, COUNT, 16, "n, the tokens of a prompt or prefix"),
-    "prompt_lengths": Flag(METHOD, repeated(COUNT), [8, 8, 16, 16], "n_k of each of IDP's prompts, comma-separated"),
-    "selector": Flag(METHOD, TEXT, "mean_attention", "how IDP chooses"),
+    "prompt_lengths": Flag(METHOD, repeated(COUNT), [8, 16], "n_k of each of IDP's prompts, comma-separated"),
+    "selector": Flag(METHOD, TEXT, "mean_attention", "the rule by which IDP chooses"),
+    "layers": Flag(METHOD, TEXT, "every", "which layers choose: every one for itself, or the first for all"),
+    "scores": Flag(METHOD, TEXT, "logits", "what IDP's attention is: before the softmax, or after it"),
     "rank": Flag(METHOD, COUNT, 8, "LoRA's r"),
     "alpha": Flag(METHOD, POSITIVE, 16.0, "LoRA's scaling is alpha / r"),
     "targets": Flag(METHOD, items(TEXT), None, "LoRA: names of linear layers, comma-separated; PEFT's defaults when absent"),

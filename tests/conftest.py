@@ -1,4 +1,5 @@
 """Tiny random models of every supported architecture, built from configs: no network, no GPU, seconds."""
+import itertools
 import os
 import pathlib
 import sys
@@ -16,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from idp_minimal import attach_idp
 
 TINY = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=128,
@@ -78,3 +81,14 @@ def real_model_dir():
     if "IDP_REAL_MODEL" not in os.environ:
         pytest.skip("set IDP_REAL_MODEL=DIR to a folder with a real model")
     return os.environ["IDP_REAL_MODEL"]
+
+
+def forced(choice, m):
+    """A selector that gives every row the prompt it had. choice (L, B): called once a layer; (B,): the same in every layer."""
+    each = itertools.cycle(choice if choice.dim() == 2 else [choice])
+    return lambda A, real, owner: torch.nn.functional.one_hot(next(each), m).float()
+
+
+def under(model, bank, choice):
+    """attach_idp with the choice of an earlier pass, whatever reading it had."""
+    return attach_idp(model, bank, forced(choice, bank.m), layers="every" if choice.dim() == 2 else "first")

@@ -37,7 +37,7 @@ def test_looking_up_a_choice_equals_running_it(toy):
     scores = choosing.Scores(ROWS, [choosing.score(model, tokenizer, ROWS, chunks, bank, k) for k in range(3)])
     chosen = choosing.choices_of(model, bank, choosing.contexts_of(tokenizer, ROWS))
     for rule in set(choosing.RULES) - {"random"}:
-        with attach_idp(model, bank, rule):
+        with attach_idp(model, bank, rule, **choosing.READING):
             fused = evaluate.multiple_choice(model, tokenizer, ROWS)
         looked_up = [scores.answers[i][k].tolist() for i, k in enumerate(chosen[rule])]
         assert torch.allclose(torch.tensor(looked_up), torch.tensor(fused["logp"]), atol=1e-4)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from conftest import tiny_model
+from conftest import tiny_model, under
 from evaluate import multiple_choice, open_answer, perplexity
 from idp_minimal import PromptBank, attach_idp
 from support import cli
@@ -91,15 +91,15 @@ def test_what_is_scored_does_not_choose_the_prompt():
     with attach_idp(model, bank) as idp:
         evaluate.scored_part(model, ids, 4)
         choice = idp.choice
-        assert len(set(choice.tolist())) > 1
+        assert len(set(choice.flatten().tolist())) > 1
         changed = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], dim=1)
         evaluate.scored_part(model, changed, 4)
         assert torch.equal(idp.choice, choice)
         model(ids[:, :4])
         logits, targets = evaluate.scored_part(model, ids, 4)
     assert torch.equal(targets, ids[:, 4:])
-    for b, k in enumerate(choice.tolist()):
-        with attach_idp(model, bank, "fixed", k=k):
+    for b in range(len(ids)):
+        with under(model, bank, choice[:, b:b + 1]):
             assert torch.allclose(logits[b], model(ids[b:b + 1]).logits[0, 3:-1], atol=1e-4)
 
 
@@ -210,14 +210,14 @@ def longhand_alone(model, attach, context, continuation):
     with attach() as idp:
         bank, choice = (idp.bank, choose(model, idp, context)) if idp is not None else (None, None)
     ids = torch.tensor([context + continuation])
-    with attach_idp(model, bank, "fixed", k=choice) if bank is not None else contextlib.nullcontext():
+    with under(model, bank, choice) if bank is not None else contextlib.nullcontext():
         return longhand_sum(model, ids, len(context))
 
 
 def choose(model, idp, context):
-    """The prompt that a context chooses alone."""
+    """What a context chooses alone, in every layer. -> (L, 1)"""
     model(torch.tensor([context]))
-    return int(idp.choice)
+    return idp.choice
 
 
 @torch.no_grad()
@@ -230,7 +230,7 @@ def test_the_continuation_does_not_choose_the_prompt():
         continuation = torch.randint(3, 97, (12,), generator=generator).tolist()
         with attach() as idp:
             alone, joint = choose(model, idp, context), choose(model, idp, context + continuation)
-            if alone == joint:
+            if torch.equal(alone, joint):
                 continue
             [[(score, _)]] = continuation_scores(model, [(context, [continuation])])
         differ += 1

@@ -153,7 +153,7 @@ TYPED = [
     ("evaluate", "--compare run/results.json run/results.json --out new", "--out"), ("recover", "--resume", "--resume"),
     ("evaluate", "--compare run/results.json run/results.json --limit 3", "--limit"),
     ("experiments.choosing", "--batch-size 6", "--batch-size"), ("experiments.choosing", "--m 3", "--m"),
-    ("experiments.choosing", "--tasks=", "--tasks"), ("recover", "--batch-size 6", "--batch-size"),
+    ("experiments.choosing", "--tasks=", "--tasks"), ("recover", "--batch-size 6 --accumulate 4", "--batch-size"),
     ("recover", "--accumulate 3", "--accumulate"), ("recover", "--eval-context 64", "--eval-context"),
     ("evaluate", "--eval-seqlen 8 --eval-context 9", "--eval-context"), ("compress", "", "--out"),
     # room

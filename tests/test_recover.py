@@ -20,7 +20,8 @@ from methods.prompts import SoftPrompts
 from methods.registry import METHODS
 from recover import Checkpoint, batch_at, train
 
-ARGS = argparse.Namespace(prompt_length=4, prompt_lengths=[2, 4], selector="mean_attention", rank=2, alpha=4, targets=None)
+ARGS = argparse.Namespace(prompt_length=4, prompt_lengths=[2, 4], selector="mean_attention", layers="every",
+                          scores="logits", rank=2, alpha=4, targets=None)
 
 
 def build(method, model, seed=0):
@@ -77,19 +78,19 @@ def test_every_method_trains_every_architecture(name, arch):
 # --- prompts -----------------------------------------------------------------------------------------------------------------
 
 def test_prompts_learn_separately():
-    """Side by side in one batch = each alone on its own rows. Also proves that padding leaks no gradient."""
+    """m prompts side by side = m runs, each alone on every row [§3.3.1]. Also proves that padding leaks no gradient."""
     model = tiny_model("llama")
-    both = SoftPrompts(model, [3, 3], seed=0)
+    both = SoftPrompts(model, [3, 5], seed=0)
     start = [P.detach().clone() for P in both.prompts]
     fit(both, 5, batch_size=4)
     for k in range(2):
-        alone = SoftPrompts(model, [3])
+        alone = SoftPrompts(model, [len(start[k])])
         with torch.no_grad():
             alone.prompts[0].copy_(start[k])
         optimizer = torch.optim.AdamW(alone.prompts, lr=1e-2, weight_decay=0.0)
         for step in range(5):
             optimizer.param_groups[0]["lr"] = recover.learning_rate(step, 5, 1e-2)
-            alone.losses(batch_at(text(), step, 4, 12, 0)[k::2]).mean().backward()
+            alone.losses(batch_at(text(), step, 4, 12, 0)).mean().backward()
             nn.utils.clip_grad_norm_(alone.prompts, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -211,7 +212,7 @@ def test_schedule():
 @pytest.mark.parametrize("flags, word", [
     (["--method", "magic"], "--method"), (["--model", "no/such/folder"], "--model"), (["--compressor", "zip"], "--compressor"),
     (["--tasks", "nonsense"], "--tasks"), (["--device", "tpu"], "--device"), (["--bits", "9"], "--bits"),
-    (["--sparsity", "1.0"], "--sparsity"), (["--text", "nonsense"], "--text"), (["--batch-size", "6"], "--batch-size"),
+    (["--sparsity", "1.0"], "--sparsity"), (["--text", "nonsense"], "--text"), (["--batch-size", "6", "--accumulate", "4"], "--batch-size"),
     (["--resume"], "--resume"), (["--prompt-lengths", "4,0"], "--prompt-lengths"), (["--steps", "0"], "--steps"),
     (["--method", "lora", "--targets", "lm_head"], "--targets"), (["--seqlen", "x"], "--seqlen"), (["--lr", "-1"], "--lr")])
 def test_a_mistake_is_one_line(flags, word, capsys):
@@ -232,7 +233,8 @@ def test_the_command(method, tmp_path):
     assert result.returncode == 0, result.stderr
     results = json.loads((out / "results.json").read_text())
     assert {"command", "settings", "versions", "device", "seconds", "rows"} <= set(results)
-    assert [row["row"] for row in results["rows"]] == ["dense", "compressed", method]
+    parts = ["prompt 1 alone (8 tokens)", "prompt 2 alone (16 tokens)", "concatenated"] if method == "idp" else []
+    assert [row["row"] for row in results["rows"]] == ["dense", "compressed", *parts, method]
     for row in results["rows"]:
         assert {"ppl", "tasks", "trainable_params", "extra_bytes", "weight_bytes"} <= set(row)
         assert all({"acc", "n", "ci95"} <= set(task) for task in row["tasks"].values())
