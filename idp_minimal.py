@@ -40,7 +40,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-# --- 1. Soft prompts and their bank of keys and values [§3.2: Z = P_1 .. P_m] ---------------------------------
+# --- 1. Soft prompts and their bank of keys and values [§3.2: Z = P_1 .. P_m] -------------------------------
 # A soft prompt P_k is n_k vectors that take the place of token embeddings. Prompts do not see one another
 # (A_[Z_i : Z_j] = -inf), nor, under a causal mask, what follows: so each runs through the model once, ever,
 # and only its keys and values are kept.
@@ -78,10 +78,9 @@ class PromptBank:
         d is the width of the model's token embeddings, which in OPT-350m is narrower than its hidden size.
         Raises ValueError when there is no prompt, or one has the wrong shape or a number that is not finite.
         """
-        embedding = model.get_input_embeddings().weight
-        if not prompts or any(P.dim() != 2 or len(P) < 1 or P.shape[1] != embedding.shape[1] for P in prompts):
-            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {embedding.shape[1]}), "
-                             f"got {[tuple(P.shape) for P in prompts]}")
+        embedding, shapes = model.get_input_embeddings().weight, [tuple(P.shape) for P in prompts]
+        if not prompts or any(len(x) != 2 or x[0] < 1 or x[1] != embedding.shape[1] for x in shapes):
+            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {embedding.shape[1]}), got {shapes}")
         if not all(P.to(embedding).isfinite().all() for P in prompts):
             raise ValueError(f"prompts must be finite numbers in the model's {embedding.dtype}")
         N = max(len(P) for P in prompts)
@@ -106,7 +105,7 @@ def prompt_cache(model, P, N):
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-# --- 2. Score [§3.2: mean attention] ----------------------------------------------------------------------------
+# --- 2. Score [§3.2: mean attention] ------------------------------------------------------------------------
 # A selector maps a layer's attention to prompt tokens onto one score per prompt; the largest wins. All have
 # one signature:  A (B, h, T, S), real (B, T) bool, owner (S,) -> (B, m).
 
@@ -118,7 +117,7 @@ def prompt_logits(query, K_p, scaling):
 
 
 def prompt_probabilities(query, key, K_p, mask, scaling):
-    """A after one softmax over all prompts and the causal input. mask (B, 1, T, T) bool -> as prompt_logits."""
+    """A after one softmax over all prompts and the causal input. mask (B, 1, T, T) bool."""
     own = prompt_logits(query, key, scaling).masked_fill(~mask, -torch.inf)                    # (B, h, T, T)
     logits = torch.cat([prompt_logits(query, K_p, scaling), own], dim=3)                     # (B, h, T, S+T)
     return logits.softmax(-1)[..., :K_p.shape[2]]
@@ -159,7 +158,7 @@ def fixed_choice(A, real, owner, k=0):
 SELECTORS = {"mean_attention": mean_attention, "fixed": fixed_choice}      # methods/selectors.py adds more
 
 
-# --- 3. Choice, fused into the attention forward pass [§3.2: argmax; mask] [Fig. 4] -----------------------------
+# --- 3. Choice, fused into the attention forward pass [§3.2: argmax; mask] [Fig. 4] -------------------------
 
 # What models hand on and attention may leave aside. IDP.check sees to a sliding window.
 UNDERSTOOD = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "num_items_in_batch",
@@ -189,7 +188,8 @@ def idp_attention(module, query, key, value, attention_mask, scaling=None, dropo
 
 
 def choose_prompt(call, module, query, key, scaling):
-    """The prompt of each row in this layer: argmax_k s_k. query (B, h, T, d_k), key (B, h_kv, T, d_k) -> (B,).
+    """The prompt of each row in this layer: argmax_k s_k. query (B, h, T, d_k), key (B, h_kv, T, d_k) ->
+    (B,).
 
     Within generate only the n tokens of its input count, and the r rows (beams) that repeat an input share
     its choice. A later pass of generate(use_cache=False), and with layers="first" a later layer, chooses no
@@ -198,15 +198,15 @@ def choose_prompt(call, module, query, key, scaling):
     idp, bank, asked, i = call.of, call.of.bank, call.asked, module.layer_idx
     where, n, r = i if idp.layers == "every" else 0, asked.tokens, len(query) // asked.rows
     if where not in asked.choices:
-        q, real = query[::r, :, :n], call.real[::r, :n]                               # (B/r, h, n, d_k), (B/r, n)
+        q, real = query[::r, :, :n], call.real[::r, :n]                           # (B/r, h, n, d_k), (B/r, n)
         if idp.rule is mean_attention and idp.scores_are == "logits":
             scores = mean_logits(q, real, bank.mean_keys[i], scaling)                          # (B/r, m)
         else:
-            flat = bank.keys[i].transpose(1, 2).flatten(0, 1)[bank.tokens]                     # (S, h_kv, d_k)
-            K_p = flat.transpose(0, 1).expand(len(q), -1, -1, -1)                         # (B/r, h_kv, S, d_k)
+            flat = bank.keys[i].transpose(1, 2).flatten(0, 1)[bank.tokens]                    # (S, h_kv, d_k)
+            K_p = flat.transpose(0, 1).expand(len(q), -1, -1, -1)                        # (B/r, h_kv, S, d_k)
             mask = call.mask[::r, :, :n, bank.N:bank.N + n]                                   # (B/r, 1, n, n)
             A = (prompt_logits(q, K_p, scaling) if idp.scores_are == "logits" else
-                 prompt_probabilities(q, key[::r, :, :n], K_p, mask, scaling))                 # (B/r, h, n, S)
+                 prompt_probabilities(q, key[::r, :, :n], K_p, mask, scaling))                # (B/r, h, n, S)
             scores = idp.rule(A, real, bank.owner, **idp.options)                              # (B/r, m)
         asked.scores[where], asked.choices[where] = scores, scores.argmax(1)
     return asked.choices[where].repeat_interleave(r)
@@ -215,7 +215,7 @@ def choose_prompt(call, module, query, key, scaling):
 AttentionInterface.register("idp", idp_attention)          # no mask function of that name: the mask is ours
 
 
-# --- 4. Into a Hugging Face model -------------------------------------------------------------------------------
+# --- 4. Into a Hugging Face model ---------------------------------------------------------------------------
 
 class PromptCache(DynamicCache):
     """A cache whose length leaves out its first N columns: the prompt that each row chose.
@@ -227,11 +227,11 @@ class PromptCache(DynamicCache):
         return max(super().get_seq_length(layer_idx) - self.N, 0)
 
     def get_mask_sizes(self, *args, **kwargs):             # asked by a model that makes its own mask
-        raise ValueError("this cache holds a prompt that the plain model does not count: go on under attach_idp")
+        raise ValueError("this cache holds a prompt, which the model does not count: go on under attach_idp")
 
     def crop(self, tokens_to_remove):
         if not -self.get_seq_length() < tokens_to_remove <= 0:
-            raise ValueError(f"crop takes -n, to remove n of {self.get_seq_length()} tokens, but not all of them")
+            raise ValueError(f"crop takes -n, to remove n of {self.get_seq_length()} tokens, but not all")
         super().crop(tokens_to_remove)
 
     def batch_select_indices(self, indices):
@@ -250,9 +250,9 @@ class PromptCache(DynamicCache):
         self.__init__()                                    # older releases would keep columns of zeros
 
 
-# Settings of generate and what they may be: other values keep the cache elsewhere, or call the model otherwise.
-GENERATE = {"cache_implementation": (None, "dynamic"), "guidance_scale": (None, 1), "custom_generate": (None,),
-            "token_healing": (None, False), "trust_remote_code": (None, False)}
+# Settings of generate and what they may be: other values keep the cache elsewhere.
+GENERATE = {"cache_implementation": (None, "dynamic"), "guidance_scale": (None, 1),
+            "token_healing": (None, False), "custom_generate": (None,), "trust_remote_code": (None, False)}
 
 
 class IDP:
@@ -267,78 +267,81 @@ class IDP:
         self.asked = self.choice = self.scores = None
 
     def before_forward(self, model, args, kwargs):
-        """Forward pre-hook: make room for N prompt columns in cache, mask and positions. Prompts add no rows."""
+        """Forward pre-hook: make room for N prompt columns in cache, mask and positions."""
         kwargs, bank, device = by_name(model.forward, args, kwargs), self.bank, self.bank.valid.device
-        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]     # callers may use either
+        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]    # callers may use either
         cache = next((c for c in caches if c is not None), None)
         cache = DynamicCache() if cache is None else cache
         mask = None if self.asked and self.asked.full else kwargs.get("attention_mask")
         B, T = next(kwargs[x] for x in ("input_ids", "inputs_embeds") if kwargs.get(x) is not None).shape[:2]
         prefill = DynamicCache.get_seq_length(cache) == 0
-        past = 0 if prefill else cache.get_seq_length()                                   # real tokens before these
+        past = 0 if prefill else cache.get_seq_length()                             # real tokens before these
         asked = self.asked or SimpleNamespace(rows=B, tokens=T, choices={}, scores={})
         self.check(model, cache, prefill, B, past, T, mask)
         if prefill and asked.choices and kwargs.get("use_cache") is not False:
-            raise ValueError("a second input within one generate: the first has chosen, and this one could not")
+            raise ValueError("a second input within one generate: the first has chosen, this one cannot")
         if prefill:
             reserve_columns(cache, bank, B)
         positions = kwargs.get("position_ids")             # the real tokens' own, from 0
         if positions is None:
             positions = (torch.arange(past, past + T, device=device)[None] if mask is None else
                          (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:])                   # (1 or B, T)
-        # call: what the attention layers of this pass share. prefill: choose, and put the winners in the cache;
-        # mask (B, 1, T, N + past + T) bool, None when nothing is hidden; real (B, T) bool: queries that count.
+        # call: what the attention layers of this pass share. prefill: choose, put the winners in the cache;
+        # mask (B, 1, T, N + past + T) bool, None when nothing is hidden; real (B, T) bool: tokens.
         call = SimpleNamespace(of=self, asked=asked, cache=cache, prefill=prefill, mask=None, real=None)
         # A GPU is not asked whether a mask hides anything: the answer would cost a wait at every token.
         hides = bank.uneven or mask is not None and (mask.is_cuda or not bool(mask.all()))
         if hides or T > 1 or prefill:                      # else one token that sees everything
             real = torch.ones(B, past + T, dtype=torch.bool, device=device) if mask is None else mask.bool()
             call.mask, call.real = visible(real, past, bank.N), real[:, past:]
-        # idp_attention reads call.mask; the model gets some 4-D mask, or GPT-2 would search inputs for padding.
-        kwargs.update({CACHE: cache}, attention_mask=bank.valid[None, None], position_ids=positions + bank.N, idp=call)
+        # idp_attention reads call.mask; the model gets some 4-D mask, or GPT-2 looks for padding itself.
+        kwargs.update({CACHE: cache}, attention_mask=bank.valid[None, None], idp=call,
+                      position_ids=positions + bank.N)
         return (), kwargs
 
     def after_forward(self, model, args, kwargs, output):
-        """Forward hook: show the choice. Who wanted no cache gets none, or generate(use_cache=False) would use it."""
+        """Forward hook: show the choice; give no cache to who wanted none."""
         if kwargs["idp"].prefill:
-            choices, scores = (list(made.values()) for made in (kwargs["idp"].asked.choices, kwargs["idp"].asked.scores))
-            every = self.layers == "every"
-            self.choice, self.scores = (torch.stack(x) if every else x[0] for x in (choices, scores))
+            made = [torch.stack(list(by_layer.values())) for by_layer in
+                    (kwargs["idp"].asked.choices, kwargs["idp"].asked.scores)]
+            self.choice, self.scores = made if self.layers == "every" else (x[0] for x in made)
         if kwargs.get("use_cache") is False and CACHE in output:
             return type(output)(**{name: value for name, value in output.items() if name != CACHE})
 
     def check(self, model, cache, prefill, B, past, T, mask):
         """Refuse what would lose the prompt or choose by a part of the input, and what has no room."""
         if type(cache) not in (DynamicCache, PromptCache) or cache.offloading:
-            raise ValueError(f"attach_idp needs a DynamicCache that is not offloaded, got {type(cache).__name__}")
-        if not prefill and (getattr(cache, "mark", None) != self.bank.mark or len(cache.layers[-1].choice) != B):
+            raise ValueError(f"attach_idp needs a DynamicCache on the device, got {type(cache).__name__}")
+        ours = getattr(cache, "mark", None) == self.bank.mark
+        if not prefill and not (ours and len(cache.layers[-1].choice) == B):
             raise ValueError("the cache was filled without this prompt bank, not to the end, or not for "
                              f"{B} rows: prefill under the same attach_idp")
         if prefill and self.asked and T < self.asked.tokens:
-            raise ValueError(f"prefill_chunk_size: {T} of {self.asked.tokens} input tokens cannot choose for all")
+            raise ValueError(f"prefill_chunk_size: {T} of {self.asked.tokens} tokens cannot choose for all")
         if mask is not None and mask.shape != (B, past + T):
-            raise ValueError(f"attention_mask must be (B, past + T) = {(B, past + T)} over real tokens, without the "
-                             f"prompt's columns; got {tuple(mask.shape)}")
-        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one of the two off")
+            raise ValueError(f"attention_mask must be (B, past + T) = {(B, past + T)} over real tokens, "
+                             f"without the prompt's columns; got {tuple(mask.shape)}")
+        if model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules()):
+            raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one off")
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
         if any(limit and self.bank.N + past + T > limit for limit in limits):
-            raise ValueError(f"{self.bank.N} prompt tokens + {past + T} input tokens exceed the model's limit of "
-                             f"{min(filter(None, limits))} positions: shorten the input or the prompts")
+            raise ValueError(f"{self.bank.N} prompt tokens + {past + T} input tokens exceed the model's limit "
+                             f"of {min(filter(None, limits))} positions: shorten the input or the prompts")
 
     def generate(self, model, plain, args, kwargs):
-        """model.generate within the block: refuse what cannot be right, note the input, then go on as always."""
+        """model.generate within the block: refuse what cannot be right, note the input, go on."""
         kwargs = by_name(plain, args, kwargs)
-        sources = [vars(config) for config in (model.generation_config, kwargs.get("generation_config")) if config]
-        given = {name: value for source in (*sources, kwargs) for name, value in source.items() if value is not None}
+        configs = [model.generation_config, kwargs.get("generation_config")]
+        sources = [vars(config) for config in configs if config] + [kwargs]
+        given = {name: x for source in sources for name, x in source.items() if x is not None}
         for name, known in GENERATE.items():
             if given.get(name) not in known:
-                raise ValueError(f"attach_idp cannot be right with generate({name}={given[name]!r}): leave it out")
+                raise ValueError(f"attach_idp cannot be right with generate({name}={given[name]!r})")
         if given.get("use_cache") is False and given.keys() & {"cache", "past_key_values"}:
             raise ValueError("generate(use_cache=False) reads every token at each step: give it no cache")
         inputs = [given[name] for name in ("inputs_embeds", "inputs", "input_ids") if name in given]
-        (rows, tokens), before = inputs[0].shape[:2] if inputs else (1, 1), self.asked         # (1, 1): a BOS token
-        full = "attention_mask" in given and bool(given["attention_mask"].all())               # later it grows by ones
+        (rows, tokens), before = inputs[0].shape[:2] if inputs else (1, 1), self.asked   # (1, 1): a BOS token
+        full = "attention_mask" in given and bool(given["attention_mask"].all())      # later it grows by ones
         self.asked = SimpleNamespace(rows=rows, tokens=tokens, full=full, choices={}, scores={})
         try:
             return plain(**kwargs)
@@ -352,15 +355,15 @@ def by_name(function, args, kwargs):
 
 
 def reserve_columns(cache, bank, B):
-    """Fill an empty cache with N columns per layer that the attention layers will overwrite with the chosen prompt."""
+    """Fill an empty cache with N columns per layer, for the chosen prompt."""
     for layer, (k, v) in enumerate(zip(bank.keys, bank.values)):
-        cache.update(k.new_zeros(B, *k.shape[1:]), v.new_zeros(B, *v.shape[1:]), layer)        # (B, h_kv, N, d_k)
+        cache.update(k.new_zeros(B, *k.shape[1:]), v.new_zeros(B, *v.shape[1:]), layer)    # (B, h_kv, N, d_k)
         cache.layers[layer].choice = ()                    # no row has chosen yet
-    cache.__class__, cache.mark, cache.N = PromptCache, bank.mark, bank.N      # in place: the caller may hold it
+    cache.__class__, cache.mark, cache.N = PromptCache, bank.mark, bank.N   # in place: the caller may hold it
 
 
 def visible(real, past, N):
-    """All N prompt columns, then real tokens up to oneself. real (B, past + T) -> (B, 1, T, N + past + T) bool."""
+    """All N prompt columns, then real tokens up to oneself. -> (B, 1, T, N + past + T) bool."""
     T = real.shape[1] - past
     causal = torch.ones(T, real.shape[1], dtype=torch.bool, device=real.device).tril(past)     # (T, past + T)
     return F.pad(causal[None, None] & real[:, None, None], (N, 0), value=True)
@@ -407,20 +410,21 @@ def attach_idp(model, bank, selector="mean_attention", layers="every", scores="l
         model.set_attn_implementation(before)
 
 
-# --- 5. The slow, obvious version: in each layer choose, then attend as if the losers were not there ------------
+# --- 5. The slow, obvious version: in each layer choose, then attend as if the losers were not there --------
 
 def reference_attention(module, query, key, value, mask, scaling=None, reference=None, **kwargs):
-    """One sequence, no padding, no cache, no bank. reference: prompts' caches, readings, the choices so far."""
+    """One sequence, no padding, cache or bank. reference: prompts' caches, reading, choices so far."""
     group = query.shape[1] // key.shape[1]
     choices, i, T = reference.choices, module.layer_idx, query.shape[2]
-    repeat = lambda x: x[0].repeat_interleave(group, 0)                                        # (h, columns, d_k)
+    repeat = lambda x: x[0].repeat_interleave(group, 0)                                    # (h, columns, d_k)
     future = torch.ones(T, T, dtype=torch.bool, device=query.device).triu(1)
     own = (query[0] @ repeat(key).transpose(1, 2)).float().mul(scaling).masked_fill(future, -torch.inf)
-    logits = [(query[0] @ repeat(cache[i][0]).transpose(1, 2)).float() * scaling for cache in reference.caches]
+    logits = [(query[0] @ repeat(cache[i][0]).transpose(1, 2)).float() * scaling
+              for cache in reference.caches]                                                   # m x (h, T, n_k)
     A = logits
     if reference.scores == "probabilities":
         sizes = [part.shape[2] for part in logits]
-        A = torch.cat([*logits, own], dim=2).softmax(2)[..., :-T].split(sizes, dim=2)          # m x (h, T, n_k)
+        A = torch.cat([*logits, own], dim=2).softmax(2)[..., :-T].split(sizes, dim=2)        # m x (h, T, n_k)
     best = max(range(len(A)), key=lambda k: A[k].mean().item())
     choices.append(choices[0] if choices and reference.layers == "first" else best)
     k, v = (repeat(x) for x in reference.caches[choices[-1]][i])
@@ -446,7 +450,7 @@ def idp_reference(model, prompts, input_ids, attention_mask=None, layers="every"
         state = SimpleNamespace(caches=caches, layers=layers, scores=scores, choices=[])
         positions = torch.arange(N, N + int(real.sum()), device=ids.device)[None]
         out = model(ids[real][None], position_ids=positions, use_cache=False, reference=state,
-                    attention_mask=torch.ones(1, 1, 1, 1, device=ids.device)).logits[0]        # a 4-D mask is left alone
+                    attention_mask=torch.ones(1, 1, 1, 1, device=ids.device)).logits[0]    # left alone
         rows.append(out.new_zeros(len(ids), out.shape[-1]))                                    # (T, V)
         rows[-1][real] = out
         choices.append(state.choices)
@@ -455,14 +459,15 @@ def idp_reference(model, prompts, input_ids, attention_mask=None, layers="every"
     return torch.stack(rows), choices if layers == "every" else choices[0]
 
 
-# --- 6. Demo ------------------------------------------------------------------------------------------------------
+# --- 6. Demo ------------------------------------------------------------------------------------------------
 
 def demo():
     """Tiny random LLaMA, three prompts of unequal length, a padded batch: predict, then show."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-                                         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)).eval()
+    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    model = LlamaForCausalLM(config).eval()
     prompts = [torch.randn(n, 64) for n in (4, 6, 8)]
     ids, mask = torch.randint(1, 100, (5, 12)), torch.ones(5, 12, dtype=torch.long)
     mask[0, 8:] = 0                                        # a shorter sequence, padded on the right

@@ -61,7 +61,8 @@ class SoftPrompts:
         return [[P] for P in self.prompts]
 
     def losses(self, ids, owner=None):
-        """ids (B, T) -> (m B,): every row under every prompt. With owner (B,): row b under prompt owner[b] -> (B,).
+        """ids (B, T) -> (m B,): every row under every prompt. With owner (B,): row b under prompt owner[b] ->
+        (B,).
 
         No prompt sees the rows that follow it: so each runs once a step, and its rows share keys and values.
         """
@@ -159,7 +160,8 @@ def read_idp(model, config, folder):
     """idp_config.json and its folders of prompts. -> SoftPrompts. Raises UserError."""
     check_keys(config, IDP)
     names, lengths = config("prompts", IDP["prompts"]), config("lengths", IDP["lengths"])
-    # Folders without layers and scores were written when there was one reading: the first layer, after the softmax.
+    # Folders without layers and scores were written when there was one reading: the first layer, after the
+    # softmax.
     reading = {"selector": config("selector", one_of(*STORED_SELECTORS)),
                "layers": config("layers", IDP["layers"], "first"),
                "scores": config("scores", IDP["scores"], "probabilities")}

@@ -43,9 +43,9 @@ COMPRESSORS = {
 # larger. peft_type: what its folder's config says. read: (model, that config's Fields, folder) -> an object.
 Method = collections.namedtuple("Method", "build flags settings rates sizes peft_type read")
 
-# NOT IN PAPER: the peak learning rates. Within 1 % of the lowest perplexity of `experiments.sweep rates`, one grid for
-# all: on the toy, and on SmolLM2 at 3 bits (results/; idp as prompt). For a model of another size they are a
-# start: sweep yours.
+# NOT IN PAPER: the peak learning rates. Within 1 % of the lowest perplexity of `experiments.sweep rates`, one
+# grid for all: on the toy, and on SmolLM2 at 3 bits (results/; idp as prompt). For a model of another size
+# they are a start: sweep yours.
 PROMPT_RATES = {"toy": 1e-1, "other": 3e-2}
 LORA_RATES = {"toy": 1e-2, "other": 1e-2}
 
@@ -62,7 +62,8 @@ def prefix_settings(args):
 
 def idp_settings(args):
     """A prompt for each of --prompt-lengths."""
-    return {"lengths": args.prompt_lengths, "selector": args.selector, "layers": args.layers, "scores": args.scores}
+    return {"lengths": args.prompt_lengths, "selector": args.selector, "layers": args.layers,
+            "scores": args.scores}
 
 
 def lora_settings(args):

@@ -1,4 +1,5 @@
-"""Selectors: other rules to choose a prompt by than the paper's, and controls. They join idp_minimal.SELECTORS.
+"""Selectors: other rules to choose a prompt by than the paper's, and controls. They join
+idp_minimal.SELECTORS.
 
 All have one signature:  A (B, h, T, S), real (B, T) bool, owner (S,) -> (B, m); the largest score wins. A is
 what layers= and scores= of attach_idp say.
