@@ -57,9 +57,9 @@ def first_block_inputs(model, calibration, device):
         raise Captured
 
     handle = block.register_forward_pre_hook(capture, with_kwargs=True)
-    for row in calibration:
+    for row in calibration.to(model.device):
         with contextlib.suppress(Captured):
-            model(row[None].to(model.device), use_cache=False)
+            model(row[None], use_cache=False)
     handle.remove()
     return hidden, kwargs
 

@@ -65,10 +65,9 @@ def chunk_losses(model, ids, seqlen, batch_size=8, limit=None, context=0):
     if seqlen < 2:
         raise UserError(f"--eval-text: has {len(ids)} tokens; perplexity needs at least 2")
     context = min(context, seqlen - 1)
-    chunks = ids[:len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit]                     # (chunks, seqlen)
+    chunks = ids[:len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit].to(model.device)    # (chunks, seqlen)
     losses = []
     for rows in progress(chunks.split(max(1, min(batch_size, TOKENS // seqlen))), desc="perplexity"):
-        rows = rows.to(model.device)
         logits, targets = scored_part(model, rows, context)
         losses.append(-token_scores(logits, targets)[0].mean(1))
     losses = torch.cat(losses).cpu()

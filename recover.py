@@ -32,6 +32,7 @@ from transformers import Cache
 import compress
 import evaluate
 from idp_minimal import SELECTORS
+from methods.losses import NoCache
 from methods.lora import LoRALinear                        # noqa: F401, courses take LoRALinear from here
 from methods.registry import METHODS, load_adapter         # noqa: F401
 from methods.rounding import Grid
@@ -83,7 +84,7 @@ def recomputed(forward, i):
     def run(*args, **kwargs):
         """The block's own arguments and result."""
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-        if cache is None:
+        if cache is None or isinstance(cache, NoCache):
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         empty = (torch.tensor([], dtype=args[0].dtype, device=args[0].device),) * 2
         held = (cache.layers[i].keys, cache.layers[i].values) if i < len(cache.layers) else empty
@@ -141,11 +142,11 @@ def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, chec
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
-            rows = sample(ids, step, batch_size, seqlen, seed).to(device)
+            # without non_blocking each step would wait for the one before
+            rows = sample(ids, step, batch_size, seqlen, seed).to(device, non_blocking=device.type == "cuda")
             total = one_step(method, optimizer, rows, accumulate)
             if step % 10 == 9 or step == steps - 1:    # reading the loss waits for the GPU: not at every step
-                loss = total.item()
-                check_loss(method, loss, good, lr, step)
+                loss = read_loss(method, total, good, lr, step)
                 good = snapshot(method)
                 bar.set_postfix(loss=f"{loss:.3f}", tok_s=int((step + 1 - first) * rows.numel() / (time.time() - start)), refresh=False)
             if saved and ((step + 1) % save_every == 0 or step == steps - 1):
@@ -168,13 +169,18 @@ def one_step(method, optimizer, rows, accumulate):
     return total
 
 
-def check_loss(method, loss, good, lr, step):
-    """Raise UserError when the loss or a trainable is no number any more; the trainables go back to the last
-    good state.
+def read_loss(method, total, good, lr, step):
+    """The loss, a tensor, as a float. One read from the device in all.
+
+    Raises UserError when it or a trainable is no number any more; the trainables go back to the last good
+    state.
     """
-    if not math.isfinite(loss) or not all(t.isfinite().all() for t in method.tensors().values()):
+    finite = torch.stack([t.isfinite().all() for t in method.tensors().values()]).all()
+    loss, finite = torch.stack([total, finite.to(total)]).tolist()
+    if not math.isfinite(loss) or not finite:
         put_back(method, good)
         raise UserError(f"--lr {lr}: the loss stopped being a number near step {step + 1}; use a smaller --lr")
+    return loss
 
 
 def check_training(ids, batch_size, seqlen, accumulate):

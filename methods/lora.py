@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
 
-from methods.losses import row_losses
+from idp_minimal import CACHE
+from methods.losses import NoCache, row_losses
 from support.adapters import ALPHA, LORA, RANK, by_pattern, check_keys, open_weights, read_tensor, write_peft
 from support.cli import UserError
 from support.architectures import arch_of, blocks_of, linears_of, weight_of
@@ -152,7 +153,7 @@ class LoRA:
 
     def losses(self, ids):
         """ids (B, T) -> (B,)."""
-        return row_losses(self.model, ids, use_cache=False)
+        return row_losses(self.model, ids, use_cache=False, **{CACHE: NoCache()})
 
     def tensors(self):
         """-> {name: tensor} under PEFT's names."""

@@ -37,6 +37,17 @@ def initial_prompt(model, n, generator):
     return weight[rows.to(weight.device)].float().clone()  # (n, d)
 
 
+def mask_among(real, dtype):
+    """What each token of a prompt may see, to be added to attention logits. real (m, N) -> (m, 1, N, N).
+
+    Given (m, N), transformers would read it back from the device at every step. Padding sees itself: a row of
+    no columns might give NaN.
+    """
+    N = real.shape[1]
+    seen = real[:, None] & torch.ones(N, N, dtype=torch.bool).tril() | torch.eye(N, dtype=torch.bool)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
 class SoftPrompts:
     """`prompt` (one) and `idp` (m): trained vectors in front of the input. [Lester et al.] [§3.3.1]
 
@@ -55,6 +66,7 @@ class SoftPrompts:
         padding = self.N - torch.tensor(self.lengths)      # (m,)
         real = torch.arange(self.N) >= padding[:, None]    # (m, N)
         self.mask = real.long().to(self.prompts[0].device)
+        self.prompt_mask = None if real.all() else mask_among(real, model.dtype).to(self.mask.device)
 
     def groups(self):
         """One group per prompt: clipping must not couple prompts that learn separately."""
@@ -74,7 +86,7 @@ class SoftPrompts:
         padded = torch.stack([F.pad(P, (0, 0, N - len(P), 0)) for P in self.prompts])   # (m, N, d)
         positions = torch.arange(N + T - 1, device=ids.device)[None]                    # (1, N+T-1)
         cache = DynamicCache()
-        self.model.base_model(inputs_embeds=padded.to(self.model.dtype), attention_mask=self.mask,
+        self.model.base_model(inputs_embeds=padded.to(self.model.dtype), attention_mask=self.prompt_mask,
                               position_ids=positions[:, :N].expand(m, -1), use_cache=True, **{CACHE: cache})
         # L pairs of (B, h_kv, N, d_k): each row gets its prompt's keys and values
         cache = DynamicCache([(layer.keys[owner], layer.values[owner]) for layer in cache.layers])

@@ -343,9 +343,9 @@ def say(kind, words):
 
 def out_of_memory(error):
     """Is this what torch raises when a device, or the machine, has no memory left?"""
-    words = str(error)
+    signs = ("not enough memory", "out of memory", "allocate memory", "ALLOC_FAILED")      # the last is cuBLAS's
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(sign in words for sign in ("not enough memory", "out of memory", "allocate memory")))
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
 
 
 def run(main):

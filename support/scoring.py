@@ -49,7 +49,7 @@ def pad(rows, value, left, device):
     side = "left" if left else "right"
     ids = pad_sequence([torch.tensor(row) for row in rows], True, value, side)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
-    return ids.to(device), mask.to(device)                                                    # (B, T), (B, T)
+    return torch.stack([ids, mask]).to(device).unbind()    # one copy for both: each waits for the device
 
 
 @torch.no_grad()
@@ -89,17 +89,20 @@ def score_batch(model, groups, batch_size):
     """One batch of contexts, then their continuations sorted by length, a few at a time. One read from the
     device in all.
     """
-    ids, mask = pad([context for context, _ in groups], 0, left=True, device=model.device)     # (B, T)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     rows = [(i, j) for i, (_, rest) in enumerate(groups) for j in range(len(rest))]
     rows.sort(key=lambda row: len(groups[row[0]][1][row[1]]))
-    most, parts = max(1, min(batch_size, TOKENS // (ids.shape[1] + len(groups[rows[-1][0]][1][rows[-1][1]])))), []
+    lengths = [len(groups[i][1][j]) for i, j in rows]
+    # All that a batch needs is copied before the model runs: a copy in between would wait for the device.
+    ids, mask = pad([context for context, _ in groups], 0, left=True, device=model.device)     # (B, T)
+    target, real = pad([groups[i][1][j] for i, j in rows], 0, left=False, device=model.device)      # (R, C)
+    owner = torch.tensor([i for i, _ in rows], device=model.device)                 # (R,) the context of each
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    most, parts = max(1, min(batch_size, TOKENS // (ids.shape[1] + lengths[-1]))), []
     for start in range(0, len(rows), most):
-        part = rows[start:start + most]
-        owner = torch.tensor([i for i, _ in part], device=model.device)             # (R,) the context of each
-        target, real = pad([groups[i][1][j] for i, j in part], 0, left=False, device=model.device)  # (R, C)
-        parts.append(score_rows(model, out, owner, mask, positions, target, real))             # (2, R)
+        part, columns = slice(start, start + most), max(lengths[start:start + most])
+        parts.append(score_rows(model, out, owner[part], mask, positions, target[part, :columns],
+                                real[part, :columns]))                                         # (2, R)
     results = [[None] * len(rest) for _, rest in groups]
     for (i, j), logp, greedy in zip(rows, *torch.cat(parts, dim=1).tolist()):
         results[i][j] = (logp, bool(greedy))

@@ -93,6 +93,7 @@ def ended(code, *argv, send=None, **kwargs):
     ("raise UserError('--bits 9:\\n  no')", 2, "error: --bits 9: no"),
     ("raise torch.OutOfMemoryError('CUDA out of memory. Tried')", 2, "error: --device: out of memory"),
     ("torch.empty(2**48)", 2, "error: --device: out of memory"),
+    ("raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling')", 2, "error: --device: out of memory"),
     ("open('/nothing/here')", 2, "error: /nothing/here: No such file"),
     ("raise OSError(28, 'No space left on device', 'x/y')", 2, "make room on the disk"),
     ("raise KeyboardInterrupt", 130, "interrupted: nothing was written"),

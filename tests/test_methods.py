@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from conftest import CONFIGS, tiny_model
 from idp_minimal import CACHE, PromptBank, attach_idp
 from methods.lora import LoRA, LoRALinear
-from methods.losses import TokenLosses, row_losses
+from methods.losses import NoCache, TokenLosses, row_losses
 from methods.prompts import SoftPrompts
 from methods.registry import METHODS, load_adapter
 from support.cli import FLAGS, UserError
@@ -131,6 +131,13 @@ def test_which_tokens_count():
         assert torch.allclose(row_losses(model, ids), slow_losses(logits, ids), atol=1e-5)
         last = row_losses(model, ids, slice(-1, None))
         assert torch.allclose(last, slow_losses(logits[:, -2:], ids[:, -2:]), atol=1e-5)
+
+
+def test_a_cache_that_keeps_nothing_changes_nothing(any_model):
+    cache, ids = NoCache(), ids_of(3, 8)
+    with torch.no_grad():
+        assert torch.equal(row_losses(any_model, ids, **{CACHE: cache}), row_losses(any_model, ids, use_cache=False))
+    assert not cache.layers
 
 
 def test_a_head_to_be_trained_is_refused_rather_than_left_out():
