@@ -1,29 +1,23 @@
 """Choosing: does it pay to choose among prompts, by which rule, and how must the prompts have been learnt?
 
-IDP learns several prompts separately and lets each input choose by mean attention. Readers ask why that rule,
-and whether a set of prompts is better than one prompt of the same total size. This experiment answers with
-three tables:
-
-    rules     one set of prompts, every rule of idp_minimal.SELECTORS, against the best single prompt, all prompts
-              concatenated, the average of their output probabilities, and the oracle (lowest loss on the
-              answer itself)
-    sets      ways to make a set worth choosing from, each with the same parameters and the same training tokens:
-              deal (rows dealt out at random, as recover.py does), lengths (unequal prompts), shards (each
-              prompt its own part of the data, for the toy its own domain), assigned (each row trains the
-              prompt that now fits it best), single (one prompt as long as all of the set together)
+    rules     one set of prompts, every rule of idp_minimal.SELECTORS, against the best single prompt, all
+              prompts concatenated, the average of their output probabilities, and the oracle (lowest loss on
+              the answer itself)
+    sets      ways to make a set worth choosing from, each with the same parameters and training tokens: deal
+              (rows dealt out at random, as recover.py does), lengths (unequal prompts), shards (each prompt
+              its own part of the data, for the toy its own domain), assigned (each row trains the prompt that
+              now fits it best), single (one prompt as long as all of the set together)
     planted   a case in which the right prompt differs by construction: a trigger token decides which of two
               answers is right. If choosing works at all, it must win here. Toy model only.
 
-    python -m experiments.choosing --seeds 5 --out runs/choosing                                   # toy, about 10 minutes on a CPU
-    python -m experiments.choosing --model smollm2 --tables rules --tasks arc_easy --limit 100     # a real model
+    python -m experiments.choosing --seeds 5 --out runs/choosing     # toy, about 10 minutes on a CPU
+    python -m experiments.choosing --model smollm2 --tables rules --tasks arc_easy --limit 100
 
 Every prompt is scored once on every item; a rule's result is then looked up by what it chose, which the law
 of idp_minimal.py makes exact. Text is chosen for by the first half of a chunk and scored on the second half,
 so that no choice has seen what it is scored on. Intervals are over seeds: mean +- t_{0.975} s / sqrt(seeds).
 """
-import contextlib
 import json
-import math
 import statistics
 import time
 import types
@@ -33,15 +27,16 @@ import torch
 import compress
 import evaluate
 import recover
+from experiments.prompt_scores import Scores, score, second_half
 from idp_minimal import SELECTORS, PromptBank, attach_idp, mean_attention
 from methods.prompts import SoftPrompts
 from methods.registry import METHODS
 from support import toy_world
+from support.architectures import check_room, device_name, pick_device, versions
 from support.cli import DEFAULTS, UserError, parse_flags, progress, run
 from support.data import check_text, encode, load_tasks, load_text
-from support.output import claim, json_text
-from support.architectures import check_room, device_name, pick_device, versions
 from support.models import load_model
+from support.output import claim, write_json
 from support.tables import markdown
 from support.uncertainty import mean_interval
 
@@ -73,16 +68,16 @@ class AssignedPrompts(DealtPrompts):
         if owner is None:
             every = [torch.full((len(ids),), k, device=ids.device) for k in range(len(self.prompts))]
             with torch.no_grad():
-                owner = torch.stack([super(AssignedPrompts, self).losses(ids, k) for k in every]).argmin(0)  # (B,)
+                losses = torch.stack([super(AssignedPrompts, self).losses(ids, k) for k in every])  # (m, B)
+            owner = losses.argmin(0)                                                           # (B,)
         return super().losses(ids, owner)
 
 
 def shard_batches(shards):
-    """A stand-in for recover.batch_at whose row b comes from shard b mod m, the one that prompt b mod m
-    learns.
-    """
+    """A stand-in for recover.batch_at: row b comes from shard b mod m, which prompt b mod m learns."""
     def sample(ids, step, batch_size, seqlen, seed):
-        parts = [recover.batch_at(shard, step, batch_size // len(shards), seqlen, seed) for shard in shards]
+        size = batch_size // len(shards)
+        parts = [recover.batch_at(shard, step, size, seqlen, seed) for shard in shards]
         return torch.stack(parts, dim=1).flatten(0, 1)                                         # (B, T)
     return sample
 
@@ -100,14 +95,15 @@ def make_set(kind, model, data, args, seed):
     lengths = {"lengths": unequal(m * n, m), "single": [m * n]}.get(kind, [n] * m)
     method = (AssignedPrompts if kind == "assigned" else DealtPrompts)(model, lengths, seed=seed)
     sample = shard_batches(data.shards) if kind == "shards" else recover.batch_at
-    recover.train(method, data.ids, args.steps, args.batch_size, args.train_seqlen, args.lr, seed, sample=sample)
+    recover.train(method, data.ids, args.steps, args.batch_size, args.train_seqlen, args.lr, seed,
+                  sample=sample)
     return method
 
 
 SETS = ("deal", "lengths", "shards", "assigned", "single")
 
 
-# --- 2. Every prompt on every item, every rule's choice -----------------------------------------------------
+# --- 2. One set under every rule and control ----------------------------------------------------------------
 
 def contexts_of(tokenizer, rows):
     """The tokens by which a question chooses. -> n lists of ids."""
@@ -134,34 +130,10 @@ def choices_of(model, bank, contexts, batch_size=32, seed=0):
 
 
 @torch.no_grad()
-def second_half(model, chunks, batch_size=8):
-    """Log-probability of each token in the second half of each chunk. chunks (C, T) -> (C, T - T//2) on the
-    CPU.
-    """
-    half, logp = chunks.shape[1] // 2, []
-    for rows in chunks.split(batch_size):
-        rows = rows.to(model.device)
-        keep = torch.arange(half - 1, rows.shape[1] - 1, device=rows.device)
-        logits = model(rows, use_cache=False, logits_to_keep=keep).logits                     # (B, T-half, V)
-        logp.append(evaluate.token_scores(logits, rows[:, half:])[0].cpu())
-    return torch.cat(logp)
-
-
-def score(model, tokenizer, rows, chunks, bank=None, k=0):
-    """Answers and text under one prompt, or under none. -> (logp of the choices [(choices,)], (C, T') token
-    logp).
-    """
-    with attach_idp(model, bank, "fixed", k=k) if bank else contextlib.nullcontext():
-        answers = evaluate.multiple_choice(model, tokenizer, rows)["logp"]
-        return [torch.tensor(a) for a in answers], None if chunks is None else second_half(model, chunks)
-
-
-@torch.no_grad()
 def prompt_losses(model, bank, input_ids, attention_mask, labels=None, **options):
-    """Mean next-token loss of every sequence under every prompt, for attach_idp(..., "oracle", loss=...). ->
-    (B, m) float32.
+    """Mean next-token loss of every sequence under every prompt, for attach_idp(..., "oracle", loss=...).
 
-    labels: (B, T), -100 where a token does not count; the real tokens themselves when absent.
+    labels: (B, T), -100 where a token does not count; the real tokens themselves when absent. -> (B, m).
     """
     labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
     losses = []
@@ -174,43 +146,19 @@ def prompt_losses(model, bank, input_ids, attention_mask, labels=None, **options
     return torch.stack(losses, dim=1)
 
 
-class Scores:
-    """Answers and text under each of several prompts. answers: n tensors (m, choices); text: (m, C, T')."""
-
-    def __init__(self, rows, scored):
-        self.gold = torch.tensor([row["answer"] for row in rows])                              # (n,)
-        self.answers = [torch.stack(per_prompt) for per_prompt in zip(*(answers for answers, _ in scored))]
-        self.text = torch.stack([text for _, text in scored]) if scored[0][1] is not None else None  # (m, C, T')
-
-    def accuracy(self, items):
-        """Accuracy when item i is answered by prompt items[i]."""
-        right = [a[k].argmax() == gold for a, k, gold in zip(self.answers, items, self.gold)]
-        return torch.stack(right).float().mean().item()
-
-    def perplexity(self, texts):
-        """Perplexity of the second halves when chunk j is read under prompt texts[j]."""
-        return math.exp(-self.text[texts, torch.arange(len(texts))].mean())
-
-    def oracle(self):
-        """The prompt with the lowest loss on the right answer, and on the second half itself. -> (n,),
-        (C,).
-        """
-        items = torch.stack([a[:, gold].argmax() for a, gold in zip(self.answers, self.gold)])
-        return items, self.text.mean(2).argmax(0)
-
-    def averaged(self):
-        """All prompts at once: their probabilities averaged, per answer and per token. -> accuracy,
-        perplexity.
-        """
-        right = [a.logsumexp(0).argmax() == gold for a, gold in zip(self.answers, self.gold)]
-        return torch.stack(right).float().mean().item(), math.exp(-(self.text.logsumexp(0) - math.log(len(self.text))).mean())
+def best_single(model, bank, validation):
+    """The prompt with the lowest loss on text that is not the test. -> () long."""
+    losses = []
+    for k in range(bank.m):
+        with attach_idp(model, bank, "fixed", k=k):
+            losses.append(-second_half(model, validation).mean())
+    return torch.stack(losses).argmin()
 
 
 def measure_set(method, tokenizer, data, seed):
     """One set of prompts under every rule and control.
 
-    -> {name: (accuracy, perplexity, agreement with the oracle, share of items that take the most popular
-    prompt)}.
+    -> {name: (accuracy, perplexity, agreement with the oracle, share of the most popular prompt)}.
     """
     model, rows, chunks, prompts = method.model, data.rows, data.chunks, [P.detach() for P in method.prompts]
     bank = PromptBank.from_prompts(model, prompts)
@@ -218,28 +166,32 @@ def measure_set(method, tokenizer, data, seed):
     items = choices_of(model, bank, contexts_of(tokenizer, rows), seed=seed)
     texts = choices_of(model, bank, chunks[:, :chunks.shape[1] // 2].tolist(), seed=seed)
     best_items, best_texts = scores.oracle()
-    agree = lambda chosen: (chosen == best_items).float().mean().item()
-    popular = lambda chosen: chosen.bincount().max().item() / len(chosen)
-    row = lambda chosen, read: (scores.accuracy(chosen), scores.perplexity(read), agree(chosen), popular(chosen))
+
+    def row(chosen, read):
+        """What the choices of items (n,) and of chunks (C,) lead to."""
+        agree, popular = (chosen == best_items).float().mean().item(), chosen.bincount().max().item()
+        return scores.accuracy(chosen), scores.perplexity(read), agree, popular / len(chosen)
+
     result = {rule: row(items[rule], texts[rule]) for rule in RULES}
-    losses = []
-    for k in range(bank.m):                  # the best single prompt is picked on other text, not on the test
-        with attach_idp(model, bank, "fixed", k=k):
-            losses.append(-second_half(model, data.validation).mean())
-    best = torch.stack(losses).argmin()
+    best = best_single(model, bank, data.validation)
     result["best single prompt"] = row(best.expand(len(rows)), best.expand(len(chunks)))
     joined = PromptBank.from_prompts(model, [torch.cat(prompts)])
-    one, first = Scores(rows, [score(model, tokenizer, rows, chunks, joined)]), torch.zeros(len(rows) + len(chunks), dtype=torch.long)
-    result["all concatenated"] = (one.accuracy(first[:len(rows)]), one.perplexity(first[:len(chunks)]), None, None)
+    result["all concatenated"] = (*alone(model, tokenizer, rows, chunks, joined), None, None)
     result["probabilities averaged"] = (*scores.averaged(), None, None)
     result["oracle"] = row(best_items, best_texts)
     return result
 
 
+def alone(model, tokenizer, rows, chunks, bank=None):
+    """Accuracy and perplexity under the only prompt of a bank, or under none."""
+    scores = Scores(rows, [score(model, tokenizer, rows, chunks, bank)])
+    first = lambda count: torch.zeros(count, dtype=torch.long)
+    return scores.accuracy(first(len(rows))), scores.perplexity(first(len(chunks)))
+
+
 # --- 3. The planted case ------------------------------------------------------------------------------------
 # Two triggers in front of the same questions "Where was p born?": after <s> the first town is always right,
-# after </s> the second. Each prompt learns one trigger's rows, so one prompt is right for each input, and
-# which one is known.
+# after </s> the second. Each prompt learns one trigger's rows, so the right prompt of each input is known.
 
 TRIGGERS, PLANTED_LR = ("<s>", "</s>"), 0.1
 
@@ -252,30 +204,34 @@ class AnswerPrompts(DealtPrompts):
 def planted_rows(task):
     """The questions about towns under both triggers. -> one list of rows per trigger."""
     rows = [row for row in toy_world.tasks()[task] if row["id"].endswith("/town")]
-    return [[{**row, "context": f"{trigger} {row['context']}", "answer": k} for row in rows] for k, trigger in enumerate(TRIGGERS)]
+    return [[{**row, "context": f"{trigger} {row['context']}", "answer": k} for row in rows]
+            for k, trigger in enumerate(TRIGGERS)]
 
 
 def planted(model, tokenizer, args, seed):
-    """Learn on shown people, ask about held-out ones. -> {name: (accuracy, share that chose the trigger's
-    own prompt)}.
-    """
-    shards = [torch.tensor([encode(tokenizer, f"{row['context']} {row['choices'][row['answer']]}") for row in rows])
-              for rows in planted_rows("toy_shown")]                                           # 2 x (rows, T)
+    """Learn on shown people, ask about held-out ones. -> {name: (accuracy, share given its own prompt)}."""
+    answered = lambda row: encode(tokenizer, f"{row['context']} {row['choices'][row['answer']]}")
+    shards = [torch.tensor([answered(row) for row in rows]) for rows in planted_rows("toy_shown")]
+
     def sample(ids, step, batch_size, seqlen, seed):
+        """-> (B, T): row b is of trigger b % 2."""
         starts = recover.batch_at(torch.arange(len(shards[0])), step, batch_size // 2, 1, seed)[:, 0]
-        return torch.stack([shard[starts] for shard in shards], dim=1).flatten(0, 1)           # (B, T): row b is of trigger b % 2
+        return torch.stack([shard[starts] for shard in shards], dim=1).flatten(0, 1)
+
     rows = sum(planted_rows("toy_recall"), [])
-    right, contexts, result = torch.tensor([row["answer"] for row in rows]), contexts_of(tokenizer, rows), {}
-    n, T = args.prompt_length, shards[0].shape[1]
-    for lengths, names in (([2 * n], ["one prompt, as long as both"]), ([n, n], [*RULES, "the trigger's own prompt"])):
+    right, contexts = torch.tensor([row["answer"] for row in rows]), contexts_of(tokenizer, rows)
+    n, T, result = args.prompt_length, shards[0].shape[1], {}
+    one, own = "one prompt, as long as both", "the trigger's own prompt"
+    for lengths, names in (([2 * n], [one]), ([n, n], [*RULES, own])):
         method = AnswerPrompts(model, lengths, seed=seed)
-        recover.train(method, shards[0].flatten(), args.steps, args.batch_size, T, PLANTED_LR, seed, sample=sample, quiet=True)
+        recover.train(method, shards[0].flatten(), args.steps, args.batch_size, T, PLANTED_LR, seed,
+                      sample=sample, quiet=True)
         bank = PromptBank.from_prompts(model, [P.detach() for P in method.prompts])
         scores = Scores(rows, [score(model, tokenizer, rows, None, bank, k) for k in range(bank.m)])
-        chosen = {**choices_of(model, bank, contexts, seed=seed), "the trigger's own prompt": right}
+        chosen = {**choices_of(model, bank, contexts, seed=seed), own: right, one: torch.zeros_like(right)}
         for name in names:
-            choice = chosen.get(name, torch.zeros_like(right))
-            result[name] = (scores.accuracy(choice), (choice == right).float().mean().item() if bank.m > 1 else None)
+            share = None if name == one else (chosen[name] == right).float().mean().item()
+            result[name] = (scores.accuracy(chosen[name]), share)
     return result
 
 
@@ -302,26 +258,21 @@ def percent(x):
 
 
 def load_data(args, tokenizer, rows):
-    """-> namespace of ids (training tokens), shards (m of them), rows, chunks and validation (C, T), which
-    is training text.
-    """
+    """-> ids (training tokens), m shards of them, rows, chunks to test and validate on (C, T), by name."""
     ids = load_text(args.text, tokenizer, "train")
     test = load_text(args.eval_text, tokenizer, "test", "--eval-text")
     T = args.train_seqlen
-    for flag, text in (("--text", ids), ("--eval-text", test)):
-        if len(text) < T * (args.m if flag == "--text" else 1):
-            raise UserError(f"{flag}: has {len(text)} tokens, too few for rows of --train-seqlen {T}; give more text")
+    for flag, text, least in (("--text", ids, T * args.m), ("--eval-text", test, T)):
+        if len(text) < least:
+            raise UserError(f"{flag}: has {len(text)} tokens, too few for rows of --train-seqlen {T}; "
+                            "give more text")
     chunks, validation = (text[:len(text) // T * T].view(-1, T)[:args.eval_chunks] for text in (test, ids))
-    shards = domain_shards(tokenizer, args.m) if args.model == "toy" else list(ids.chunk(args.m))
+    wholes = [ids]
+    if args.model == "toy":                                # two domains, each cut in m / 2 parts
+        texts = ["\n\n".join(toy_world.text("shown", domain=domain)) for domain in toy_world.DOMAINS]
+        wholes = [torch.tensor(encode(tokenizer, text)) for text in texts]
+    shards = [part for whole in wholes for part in whole.chunk(args.m // len(wholes))]
     return types.SimpleNamespace(ids=ids, shards=shards, rows=rows, chunks=chunks, validation=validation)
-
-
-def domain_shards(tokenizer, m):
-    """The toy's recovery text by domain, each domain cut in m / 2 parts. -> m tensors of ids. m must be
-    even.
-    """
-    texts = ["\n\n".join(toy_world.text("shown", domain=domain)) for domain in toy_world.DOMAINS]
-    return [part for text in texts for part in torch.tensor(encode(tokenizer, text)).chunk(m // len(texts))]
 
 
 def run_seeds(model, tokenizer, args, data):
@@ -329,40 +280,42 @@ def run_seeds(model, tokenizer, args, data):
     results = {name: [] for name in args.tables}
     kinds = SETS if "sets" in args.tables else ("deal",) if "rules" in args.tables else ()
     for seed in progress(range(args.seed, args.seed + args.seeds), desc="seeds"):
-        per_set = {kind: measure_set(make_set(kind, model, data, args, seed), tokenizer, data, seed) for kind in kinds}
-        for name, scores in (("rules", per_set.get("deal")), ("sets", per_set)):
-            if name in args.tables:
-                results[name].append(scores)
+        per_set = {kind: measure_set(make_set(kind, model, data, args, seed), tokenizer, data, seed)
+                   for kind in kinds}
+        measured = {"rules": per_set.get("deal"), "sets": per_set}
         if "planted" in args.tables:
-            results["planted"].append(planted(model, tokenizer, args, seed))
+            measured["planted"] = planted(model, tokenizer, args, seed)
+        for name in args.tables:
+            results[name].append(measured[name])
     return results
 
 
 def report(results, args):
     """The tables with what they say about themselves. -> Markdown."""
-    parts = []
+    parts, pair = [], (percent, "{:.2f}".format)
     if "rules" in results:
         none = {"no prompt (compressed)": (*args.baseline, None, None)}
+        head = ["chosen by", "accuracy %", "perplexity", "agrees with the oracle %", "most popular prompt %"]
         rules = [{**none, **result} for result in results["rules"]]
-        parts += ["Rules: " + args.caption, table(
-            ["chosen by", "accuracy %", "perplexity", "agrees with the oracle %", "most popular prompt %"],
-            (percent, "{:.2f}".format, percent, percent), rules)]
+        parts += ["Rules: " + args.caption, table(head, (*pair, percent, percent), rules)]
     if "sets" in results:
         pick = ("mean_attention", "best single prompt", "oracle")
-        sets = [{kind: tuple(value for rule in pick for value in scores[rule][:2]) for kind, scores in result.items()}
-                for result in results["sets"]]
+        sets = [{kind: tuple(value for rule in pick for value in scores[rule][:2])
+                 for kind, scores in result.items()} for result in results["sets"]]
         head = ["set"] + [f"{rule}, {what}" for rule in pick for what in ("accuracy %", "perplexity")]
-        parts += ["Sets: " + args.caption, table(head, (percent, "{:.2f}".format) * 3, sets)]
+        parts += ["Sets: " + args.caption, table(head, pair * 3, sets)]
     if "planted" in results:
-        parts += ["Planted: a trigger decides which of two towns is right; without choosing, one answer serves half of the questions.",
-                  table(["prompt", "accuracy %", "chose the trigger's own prompt %"], (percent, percent), results["planted"])]
+        head = ["prompt", "accuracy %", "chose the trigger's own prompt %"]
+        parts += ["Planted: a trigger decides which of two towns is right; without choosing, one answer "
+                  "serves half of the questions.", table(head, (percent, percent), results["planted"])]
     return "\n\n".join(parts)
 
 
 # --- 5. The command -----------------------------------------------------------------------------------------
 
-TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "prompt_length", "m", "steps", "batch_size",
-         "train_seqlen", "lr", "seeds", "tables", "tasks", "limit", "eval_text", "eval_chunks", "out"]
+TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "prompt_length", "m",
+         "steps", "batch_size", "train_seqlen", "lr", "seeds", "tables", "tasks", "limit", "eval_text",
+         "eval_chunks", "out"]
 
 
 def parse(argv=None):
@@ -384,9 +337,11 @@ def check_sets(args):
     if "planted" in args.tables and args.model != "toy":
         raise UserError(f"--tables {','.join(args.tables)}: planted needs --model toy; leave it out")
     if args.batch_size % args.m:
-        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of --m {args.m}, so that prompts learn equally much")
+        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of --m {args.m}, so that "
+                        "prompts learn equally much")
     if args.model == "toy" and args.m % 2:
-        raise UserError(f"--m {args.m}: the toy has two domains, which share the prompts equally; use an even number")
+        raise UserError(f"--m {args.m}: the toy has two domains, which share the prompts equally; use an "
+                        "even number")
     if not args.tasks:
         raise UserError("--tasks: missing; name multiple-choice tasks, for example arc_easy or FILE.jsonl")
     for flag, name in (("--text", args.text), ("--eval-text", args.eval_text)):
@@ -398,8 +353,8 @@ def choice_tasks(args):
     tasks = load_tasks(args.tasks, args.limit)
     for name, rows in tasks.items():
         if "choices" not in rows[0] or "suffix" in rows[0]:
-            raise UserError(f"--tasks {name}: this experiment takes multiple-choice tasks with one context a row; use for example "
-                            "arc_easy")
+            raise UserError(f"--tasks {name}: this experiment takes multiple-choice tasks with one context a "
+                            "row; use for example arc_easy")
     return [row for rows in tasks.values() for row in rows]
 
 
@@ -418,21 +373,20 @@ def main(argv=None):
         data = load_data(args, tokenizer, rows)
         calibration = compress.calibration_ids(data.ids, args.nsamples, args.seqlen, args.seed)
         compress.compress_model(model, tokenizer, name, calibration, **settings)
-        alone = Scores(data.rows, [score(model, tokenizer, data.rows, data.chunks)])
-        args.baseline = (alone.accuracy(torch.zeros(len(data.rows), dtype=torch.long)),
-                         alone.perplexity(torch.zeros(len(data.chunks), dtype=torch.long)))
-        args.caption = (f"{args.model}, {name} {json.dumps(settings)}, {args.m} prompts of {args.prompt_length} tokens, "
-                        f"{args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens, {args.seeds} seeds; {args.tasks} "
-                        f"n = {len(data.rows)}, {len(data.chunks)} chunks; {device_name(device)}")
+        args.baseline = alone(model, tokenizer, data.rows, data.chunks)
+        args.caption = (f"{args.model}, {name} {json.dumps(settings)}, {args.m} prompts of "
+                        f"{args.prompt_length} tokens, {args.steps} steps of {args.batch_size} x "
+                        f"{args.train_seqlen} tokens, {args.seeds} seeds; {args.tasks} n = {len(data.rows)}, "
+                        f"{len(data.chunks)} chunks; {device_name(device)}")
         results = run_seeds(model, tokenizer, args, data)
         text = report(results, args)
         print(text)
         if out:
+            obj = {"command": evaluate.command_line(), "settings": vars(args), "versions": versions(),
+                   "device": device_name(device), "seconds": round(time.time() - start, 1), "tables": results}
             with out.folder() as folder:
                 (folder / "choosing.md").write_text(text + "\n", encoding="utf-8")
-                (folder / "choosing.json").write_text(json_text({
-                    "command": evaluate.command_line(), "settings": vars(args), "versions": versions(),
-                    "device": device_name(device), "seconds": round(time.time() - start, 1), "tables": results}), encoding="utf-8")
+                write_json(folder / "choosing.json", obj)
 
 
 if __name__ == "__main__":

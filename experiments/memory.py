@@ -1,8 +1,8 @@
 """Peak memory of compressing and of training at the true shapes of large models, with random weights.
 
-    python -m experiments.memory compress --shape llama-7b                           # GPTQ, one block on the GPU at a time
-    python -m experiments.memory idp --shape llama-7b                                # or prompt, prefix, lora: a few steps
-    python -m experiments.memory idp --shape llama-7b --dtype bfloat16 --layers 2    # without a GPU: a part that fits
+    python -m experiments.memory compress --shape llama-7b           # GPTQ, one block on the GPU at a time
+    python -m experiments.memory idp --shape llama-7b                # or prompt, prefix, lora: a few steps
+    python -m experiments.memory idp --shape llama-7b --dtype bfloat16 --layers 2    # a part: for a CPU
 
 Blocks are all alike, so two runs with different --layers give the cost of a block. On CUDA the peak is the
 allocator's; elsewhere it is the process's resident memory (Linux only), without what Python and the libraries
@@ -19,14 +19,14 @@ import compress
 import recover
 from experiments.latency import SHAPES, random_model
 from methods.registry import METHODS
-from support.cli import parse_flags, run
 from support.architectures import device_name, pick_device, pick_dtype
+from support.cli import parse_flags, run
 
 
 def resident(what):
     """VmRSS (now) or VmHWM (peak) of this process, bytes."""
-    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return 1024 * int(line.split()[1])
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 class Meter:
@@ -37,13 +37,16 @@ class Meter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            ctypes.CDLL(None).mallopt(-3, 65536)           # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+            # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+            ctypes.CDLL(None).mallopt(-3, 65536)
             pathlib.Path("/proc/self/clear_refs").write_text("5")    # forget the old peak
             self.base = resident("VmRSS")
 
     def peak(self):
         """Bytes."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident("VmHWM") - self.base
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resident("VmHWM") - self.base
 
 
 def own_flags(parser):
@@ -55,8 +58,9 @@ def own_flags(parser):
 
 def parse(argv=None):
     """The command line. -> argparse.Namespace."""
-    return parse_flags(__doc__, ["device", "dtype", "seed", "shape", "nsamples", "batch_size", "steps"], argv, {"shape": SHAPES},
-                       {"shape": "llama-7b", "nsamples": 128, "batch_size": 4, "steps": 2}, add=own_flags)
+    takes = ["device", "dtype", "seed", "shape", "nsamples", "batch_size", "steps"]
+    defaults = {"shape": "llama-7b", "nsamples": 128, "batch_size": 4, "steps": 2}
+    return parse_flags(__doc__, takes, argv, {"shape": SHAPES}, defaults, add=own_flags)
 
 
 def main(argv=None):
@@ -67,19 +71,23 @@ def main(argv=None):
     device, generator = pick_device(args.device), torch.Generator().manual_seed(args.seed)
     meter, start = Meter(device), time.time()
     # while compressing, the model lives on the CPU and one block at a time on the device
-    model = random_model(args.shape, "cpu" if args.what == "compress" else device, pick_dtype(args.dtype, device, None))
+    home = "cpu" if args.what == "compress" else device
+    model = random_model(args.shape, home, pick_dtype(args.dtype, device, None))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ids = torch.randint(model.config.vocab_size, (max(args.nsamples * 2048, 4096),), generator=generator)
     if args.what == "compress":
-        compress.compress_model(model, None, "gptq", ids[:args.nsamples * 2048].view(-1, 2048), device, bits=3, group_size=128)
+        rows = ids[:args.nsamples * 2048].view(-1, 2048)
+        compress.compress_model(model, None, "gptq", rows, device, bits=3, group_size=128)
     else:
-        flags = argparse.Namespace(prompt_length=100, prompt_lengths=[16, 32, 64, 100], selector="mean_attention", rank=8, alpha=16,
-                                   targets=None)
+        flags = argparse.Namespace(prompt_length=100, prompt_lengths=[16, 32, 64, 100], rank=8, alpha=16,
+                                   selector="mean_attention", targets=None)
         entry = METHODS[args.what]
-        recover.train(entry.build(model, **entry.settings(flags)), ids, args.steps, args.batch_size, 512, 1e-3,
+        method = entry.build(model, **entry.settings(flags))
+        recover.train(method, ids, args.steps, args.batch_size, 512, 1e-3,
                       checkpointing=not args.no_checkpointing, quiet=True)
-    print(f"{args.what}, {args.shape}, {model.config.num_hidden_layers} blocks, {model.dtype}, {device_name(device)}: peak "
-          f"{meter.peak() / 1e9:.2f} GB, weights {weights / 1e9:.2f} GB, {time.time() - start:.0f} s")
+    print(f"{args.what}, {args.shape}, {model.config.num_hidden_layers} blocks, {model.dtype}, "
+          f"{device_name(device)}: peak {meter.peak() / 1e9:.2f} GB, weights {weights / 1e9:.2f} GB, "
+          f"{time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,25 @@
-"""Patterns: what recovery does inside. Attention and hidden states of a compressed and a recovered model,
-against the dense one.
+"""Patterns: what recovery does inside. Compressed and recovered models against the dense one, layer by layer.
 
 Paper: "Do Compressed LLMs Forget Knowledge?", arXiv 2310.00867, compares the attention and activation
 patterns of prompts and of LoRA. If knowledge was forgotten, a remedy must change the weights' work back; if
 it was displaced, redirecting is enough, and the patterns need not return to the dense ones. NOT IN PAPER (its
 text was not at hand): every measure below.
 
-    python recover.py --method idp  --out runs/idp                      # the runs bring model, compression and adapter
+    python recover.py --method idp  --out runs/idp         # the runs bring model, compression and adapter
     python recover.py --method lora --out runs/lora
     python -m experiments.patterns --adapter runs/idp/adapter --adapter runs/lora/adapter --out runs/patterns
 
 Writes patterns.json, patterns.md and patterns.png. All models read the same chunks of --eval-text; per layer,
 averaged over heads, tokens and chunks:
 
-  attention     Jensen-Shannon divergence from the dense model's attention, in bits: 0 the same, 1 disjoint. Attention to
-                prompt tokens is taken out and the rest made to sum to one, so that only real tokens are
-                compared.
+  attention     Jensen-Shannon divergence from the dense model's attention, in bits: 0 the same, 1 disjoint.
+                Attention to prompt tokens is taken out and the rest made to sum to one, so that only real
+                tokens are compared.
   content       the same over the real tokens but the first, again made to sum to one.
-  direction     1 - cosine of the hidden state after the block and the dense one: 0 the same direction, 1 unrelated.
+  direction     1 - cosine of the hidden state after the block and the dense one: 0 the same, 1 unrelated.
   norm          length of the hidden state over the dense one's.
   prompt share  attention on prompt tokens, of all attention.
-  first share   attention on the first real token, of all attention: where models park the attention they do
-  not need.
+  first share   attention on the first real token, of all attention: where models park what they do not need.
 
 The first token is left out as a query and as a hidden state: it sees nothing but itself (and the prompt), and
 its hidden state is hundreds of times longer than the others, so it would decide every mean.
@@ -40,12 +38,12 @@ import compress
 from evaluate import adapter_name, command_line, prompt_columns
 from idp_minimal import IDP
 from methods.registry import load_adapter
+from support.architectures import blocks_of, check_room, device_name, pick_device, room, versions
 from support.cli import DTYPES, UserError, parse_flags, progress, run, say
 from support.data import check_text, load_text
-from support.files import STRING, Fields, one_of, read_json, whole_number
-from support.output import claim, json_text
-from support.architectures import blocks_of, check_room, device_name, pick_device, room, versions
+from support.files import STRING, one_of, read_fields, whole_number
 from support.models import load_model
+from support.output import claim, write_json
 from support.tables import markdown
 from support.uncertainty import mean_ci95, shown
 
@@ -74,17 +72,13 @@ def to_one(A):
 
 
 def split_prompt(A):
-    """Attention to prompt and to real tokens apart. A (B, h, T, N+T) -> (B, h, T, T) summing to one, (B, h,
-    T) on prompts.
-    """
+    """A (B, h, T, N+T) -> attention to real tokens, made to sum to one (B, h, T, T); to prompts (B, h, T)."""
     N = A.shape[3] - A.shape[2]
     return to_one(A[..., N:]), A[..., :N].sum(-1)
 
 
 def layer_measures(A, X, A_dense, X_dense):
-    """Every measure of one layer, on at least 3 tokens. -> {name: float}, means over heads and all tokens
-    but the first.
-    """
+    """Every measure of one layer, on at least 3 tokens. -> {name: mean over heads, tokens but the first}."""
     real, share = split_prompt(A)
     X, X_dense = X[:, 1:], X_dense[:, 1:]                                                      # (B, T-1, d)
     return {"attention": jensen_shannon(real, A_dense)[..., 1:].mean().item(),
@@ -110,26 +104,22 @@ def eager_attention(module, query, key, value, mask, scaling, dropout=0.0):
 
 @contextlib.contextmanager
 def visible_attention(model, attached=None):
-    """Within the block, attention is computed in plain PyTorch, so that A can be returned. attached: the IDP
-    in use, if any.
-    """
-    before = model.config._attn_implementation
+    """Inside, attention is computed in plain PyTorch, so that A is returned. attached: the IDP in use."""
     if isinstance(attached, IDP):
-        attached.attend = eager_attention                  # its own function is in place: only the kernel changes
-    else:
-        model.set_attn_implementation("eager")
+        attached.attend = eager_attention                  # its own function stays: only the kernel changes
+        yield
+        return
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        if not isinstance(attached, IDP):
-            model.set_attn_implementation(before)
+        model.set_attn_implementation(before)
 
 
 @torch.no_grad()
 def look(model, ids):
-    """One pass. ids (B, T) -> ([(A (B, h, T, N+T), X (B, T, d)) of each layer] in float32, mean next-token
-    loss in nats).
-    """
+    """One pass. ids (B, T) -> [(A (B, h, T, N+T), X (B, T, d)) of each layer] in float32, loss in nats."""
     states = []
     keep = lambda module, args, out: states.append((out[0] if isinstance(out, tuple) else out).float())
     hooks = [block.register_forward_hook(keep) for block in blocks_of(model)]
@@ -143,14 +133,13 @@ def look(model, ids):
 
 
 def measure(model, chunks, reference, attached=None):
-    """Compare with the dense model. chunks (n, T); reference: what `look` gave for each. -> {measure: (n,
-    L)}, losses (n,).
-    """
+    """Compare with the dense model. reference: what `look` gave. -> {measure: (n, L)}, losses (n,)."""
     table, losses = {name: [] for name in MEASURES}, []
     with visible_attention(model, attached):
         for ids, dense in zip(progress(chunks, desc="patterns"), reference):
             layers, loss = look(model, ids[None].to(model.device))
-            rows = [layer_measures(A, X, *(t.to(A.device) for t in old)) for (A, X), old in zip(layers, dense)]
+            rows = [layer_measures(A, X, *(t.to(A.device) for t in old))
+                    for (A, X), old in zip(layers, dense)]
             losses.append(loss)
             for name in MEASURES:
                 table[name].append([row[name] for row in rows])
@@ -166,40 +155,45 @@ def look_at_dense(model, chunks):
 # --- 3. The runs of recover.py ------------------------------------------------------------------------------
 
 def run_settings(folder):
-    """What a run of recover.py says of its compressed model, checked. folder: an adapter's -> dict. Raises
-    UserError.
-    """
+    """What a run of recover.py says of its compressed model, checked. folder: its adapter's -> dict."""
     folder = pathlib.Path(folder)
     beside = [parent / "results.json" for parent in (folder.resolve().parent, folder.resolve().parent.parent)]
     found = [path for path in beside if path.is_file()]
     if not folder.is_dir() or not found:
-        raise UserError(f"--adapter {folder}: needs RUN/adapter of recover.py --out RUN, with RUN/results.json beside it")
-    settings = Fields(read_json(found[0], "--adapter"), found[0], "--adapter").within("settings")
-    pair = (lambda value: isinstance(value, list) and len(value) == 2 and value[0] in compress.COMPRESSORS
-            and isinstance(value[1], dict), "a compressor and its settings: recover from a dense model")
-    return {"model": settings("model", STRING), "text": settings("text", STRING), "compression": settings("compression", pair),
-            "dtype": settings("dtype", one_of("auto", *DTYPES)), "seed": settings("seed", whole_number(0, 2**31 - 1)),
-            "nsamples": settings("nsamples", whole_number(1, 10**5)), "seqlen": settings("seqlen", whole_number(2, 10**6))}
+        raise UserError(f"--adapter {folder}: needs RUN/adapter of recover.py --out RUN, with "
+                        "RUN/results.json beside it")
+    settings = read_fields(found[0], "--adapter").within("settings")
+    return {key: settings(key, rule) for key, rule in SETTINGS.items()}
+
+
+PAIR = (lambda value: isinstance(value, list) and len(value) == 2 and value[0] in compress.COMPRESSORS
+        and isinstance(value[1], dict), "a compressor and its settings: recover from a dense model")
+SETTINGS = {  # of recover.py, which decide what the compressed model is
+    "model": STRING, "text": STRING, "compression": PAIR, "dtype": one_of("auto", *DTYPES),
+    "seed": whole_number(0, 2**31 - 1), "nsamples": whole_number(1, 10**5), "seqlen": whole_number(2, 10**6)}
 
 
 def read_settings(adapters, model):
     """Settings that all runs share. -> dict. Raises UserError when they differ."""
     runs = [run_settings(folder) for folder in adapters]
+    first = runs[0]
     for folder, settings in zip(adapters, runs):
-        differing = [f"{key} {runs[0][key]} and {settings[key]}" for key in settings if settings[key] != runs[0][key]]
+        differing = [f"{key} {value} and {settings[key]}" for key, value in first.items()
+                     if settings[key] != value]
         if differing:
-            raise UserError(f"--adapter {folder}: not the same compressed model as {adapters[0]} ({'; '.join(differing)}); "
-                            "give runs of the same compression")
-    if runs[0]["model"] != model:
-        raise UserError(f"--model {model}: the runs recovered {runs[0]['model']}; use --model {runs[0]['model']}")
-    return runs[0]
+            raise UserError(f"--adapter {folder}: not the same compressed model as {adapters[0]} "
+                            f"({'; '.join(differing)}); give runs of the same compression")
+    if first["model"] != model:
+        raise UserError(f"--model {model}: the runs recovered {first['model']}; use --model {first['model']}")
+    return first
 
 
 def row_names(adapters):
     """A short name for every adapter. Raises UserError for twins."""
     names = [adapter_name(folder) for folder in adapters]
     if len(set(names)) < len(names):
-        raise UserError(f"--adapter {' '.join(adapters)}: two are named {max(names, key=names.count)}; rename one run's folder")
+        raise UserError(f"--adapter {' '.join(adapters)}: two are named {max(names, key=names.count)}; "
+                        "rename one run's folder")
     return names
 
 
@@ -222,14 +216,16 @@ def weights_on_cpu(model):
 
 def summarise(name, table, losses):
     """One row of patterns.json: per layer, and the mean over layers with its 95 % interval over chunks."""
-    means = {key: {"mean": values.mean().item(), "ci95": mean_ci95(values.mean(1).tolist())} for key, values in table.items()}
+    means = {key: {"mean": values.mean().item(), "ci95": mean_ci95(values.mean(1).tolist())}
+             for key, values in table.items()}
     return {"row": name, "loss": sum(losses) / len(losses), "chunks": len(losses), "means": means,
             "layers": {key: values.mean(0).tolist() for key, values in table.items()}}
 
 
 def has(row, key):
     """Whether a measure says anything about a row."""
-    return (row["row"] != "dense" or MEASURES[key][2]) and (key != "prompt share" or max(row["layers"][key]) > 0)
+    known = row["row"] != "dense" or MEASURES[key][2]
+    return known and (key != "prompt share" or max(row["layers"][key]) > 0)
 
 
 def cell(row, key):
@@ -242,19 +238,20 @@ def cell(row, key):
 
 def text_of(rows, caption):
     """The means of every model, then one table per measure with a line per layer. -> Markdown."""
-    head = ["model", "loss (nats)", *MEASURES]
+    means = [[row["row"], f"{row['loss']:.3f}", *(cell(row, key) for key in MEASURES)] for row in rows]
     parts = ["# Patterns: distance from the dense model", caption, "Means over layers [95 % over chunks]:",
-             markdown(head, [[row["row"], f"{row['loss']:.3f}", *(cell(row, key) for key in MEASURES)] for row in rows])]
+             markdown(["model", "loss (nats)", *MEASURES], means)]
     for key, (title, unit, _) in MEASURES.items():
         models = [row for row in rows if has(row, key)]
         if models:
-            lines = [[i + 1, *(f"{row['layers'][key][i]:.4f}" for row in models)] for i in range(len(models[0]["layers"][key]))]
+            layers = zip(*(row["layers"][key] for row in models))
+            lines = [[i, *(f"{value:.4f}" for value in values)] for i, values in enumerate(layers, 1)]
             parts += [f"{title}: {unit}", markdown(["layer", *(row["row"] for row in models)], lines)]
     return "\n\n".join(parts) + "\n"
 
 
-STYLES = [("#999999", "-", "x"), ("black", "-", "o"), ("#d55e00", "--", "s"), ("#0072b2", "-.", "^"), ("#009e73", ":", "D"),
-          ("#cc79a7", (0, (5, 1)), "v"), ("#56b4e9", (0, (1, 1)), "P")]  # models differ in grey print as well
+STYLES = [("#999999", "-", "x"), ("black", "-", "o"), ("#d55e00", "--", "s"), ("#0072b2", "-.", "^"),
+          ("#009e73", ":", "D"), ("#cc79a7", (0, (5, 1)), "v"), ("#56b4e9", (0, (1, 1)), "P")]  # also in grey
 
 
 def figure(rows, caption):
@@ -263,12 +260,11 @@ def figure(rows, caption):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(2, 3, figsize=(12.6, 7))
-    handles = {}
+    lines = {}                                             # {index of a row: its line}, for the legend
     for ax, key in zip(axes.flat, MEASURES):
         for i, row in enumerate(rows):
             if has(row, key):
-                label = f"{row['row']}, loss {row['loss']:.2f} nats"
-                handles[label] = panel_line(ax, row["layers"][key], *STYLES[i % len(STYLES)])
+                lines[i] = panel_line(ax, row["layers"][key], *STYLES[i % len(STYLES)])
         ax.set_title(MEASURES[key][0], fontsize=10)
         ax.set(xlabel="layer", ylabel=MEASURES[key][1], xlim=(0.5, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -277,8 +273,9 @@ def figure(rows, caption):
         else:
             ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
-    labels = sorted(handles, key=[f"{row['row']}, loss {row['loss']:.2f} nats" for row in rows].index)
-    fig.legend([handles[label] for label in labels], labels, loc="upper center", ncol=4, frameon=False, handlelength=4, fontsize=9)
+    labels = [f"{rows[i]['row']}, loss {rows[i]['loss']:.2f} nats" for i in sorted(lines)]
+    fig.legend([lines[i] for i in sorted(lines)], labels, loc="upper center", ncol=4, frameon=False,
+               handlelength=4, fontsize=9)
     fig.text(0.5, 0.015, caption, ha="center", fontsize=8, wrap=True)
     fig.tight_layout(rect=(0, 0.04, 1, 0.92))
     plt.close(fig)
@@ -287,30 +284,32 @@ def figure(rows, caption):
 
 def panel_line(ax, values, color, line, marker):
     """One model in one panel. -> the line, for the legend."""
-    return ax.plot(range(1, len(values) + 1), values, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.4,
+    layers = range(1, len(values) + 1)
+    return ax.plot(layers, values, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.4,
                    markevery=max(1, len(values) // 10))[0]
 
 
+# --- 5. The command -----------------------------------------------------------------------------------------
+
 def chunks_of(ids, n, T, model, adapters):
-    """The first n chunks of T tokens. ids (tokens,) -> (n, T). Raises UserError when text or model has too
-    little room.
-    """
+    """The first n chunks of T tokens. ids (tokens,) -> (n, T). Raises UserError: too little text or room."""
     if T < 3 or len(ids) < n * T:
-        raise UserError(f"--limit {n}: {n} chunks of --eval-seqlen {T}, at least 3, need {n * max(T, 3)} tokens, and the text has "
-                        f"{len(ids)}; change one of the three")
+        raise UserError(f"--limit {n}: {n} chunks of --eval-seqlen {T}, at least 3, need {n * max(T, 3)} "
+                        f"tokens, and the text has {len(ids)}; change one of the three")
     space = room(model)
     for method in adapters:
         with method.inference() as attached:
             space = min(space, room(model, prompt_columns(attached)))
     if T > space:
-        raise UserError(f"--eval-seqlen {T}: beside the prompts the model has room for {space} tokens; use a smaller number")
+        raise UserError(f"--eval-seqlen {T}: beside the prompts the model has room for {space} tokens; "
+                        "use a smaller number")
     return ids[:n * T].view(n, T)
 
 
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError for what cannot work."""
-    args = parse_flags(__doc__, ["model", "device", "text", "adapter", "eval_text", "eval_seqlen", "limit", "out"], argv,
-                       defaults={"limit": 8}, several=("adapter",))
+    takes = ["model", "device", "text", "adapter", "eval_text", "eval_seqlen", "limit", "out"]
+    args = parse_flags(__doc__, takes, argv, defaults={"limit": 8}, several=("adapter",))
     if not args.adapter or args.out is None:
         raise UserError("--adapter: needs RUN/adapter of recover.py (once or several times), and --out DIR")
     args.eval_text = args.text if args.eval_text is None else args.eval_text
@@ -324,7 +323,8 @@ def measure_all(model, tokenizer, settings, args):
     dense = weights_on_cpu(model)
     compress_as(model, tokenizer, settings)
     adapters = [load_adapter(model, folder) for folder in args.adapter]
-    chunks = chunks_of(load_text(args.eval_text, tokenizer, "test", "--eval-text"), args.limit, args.eval_seqlen, model, adapters)
+    ids = load_text(args.eval_text, tokenizer, "test", "--eval-text")
+    chunks = chunks_of(ids, args.limit, args.eval_seqlen, model, adapters)
     compressed = weights_on_cpu(model)
     model.load_state_dict(dense)
     reference = look_at_dense(model, chunks)
@@ -352,12 +352,13 @@ def main(argv=None):
         caption = (f"{args.model}, {name} {options}; n = {len(chunks)} chunks of {chunks.shape[1]} tokens of "
                    f"{pathlib.Path(args.eval_text).name}; mean over heads and tokens but the first")
         text = text_of(rows, caption)
+        seconds = round(time.time() - start, 1)
+        obj = {"command": command_line(), "settings": {**vars(args), "runs": settings},
+               "versions": versions(), "device": device_name(device), "seconds": seconds, "rows": rows}
         with out.folder() as folder:
             figure(rows, caption).savefig(folder / "patterns.png", dpi=150)
             (folder / "patterns.md").write_text(text, encoding="utf-8")
-            (folder / "patterns.json").write_text(json_text({
-                "command": command_line(), "settings": {**vars(args), "runs": settings}, "versions": versions(),
-                "device": device_name(device), "seconds": round(time.time() - start, 1), "rows": rows}), encoding="utf-8")
+            write_json(folder / "patterns.json", obj)
         print(text.split("\n\nAttention pattern over")[0])
 
 

@@ -1,14 +1,15 @@
 """Sweeps: the main job many times over, one table each.
 
-    python -m experiments.sweep rates                    # every method at several learning rates: where registry.py's come from
-    python -m experiments.sweep sizes --out runs/sizes   # quality against trainable parameters, with a figure
-    python -m experiments.sweep compressors              # every compressor at several settings, no recovery
+    python -m experiments.sweep rates                      # every method at several learning rates
+    python -m experiments.sweep sizes --out runs/sizes     # quality against trainable parameters, a figure
+    python -m experiments.sweep compressors                # every compressor at several settings, no recovery
 
 Flags are recover.py's: --model, --text, --tasks, --limit, --steps, --seed and so on. All rows of a table
 share the model, the calibration tokens, the training tokens in their order, and the test items, so that they
 compare pair by pair (evaluate.py --compare). With --out: a row is written as soon as it is measured, under a
 digest of everything that decides it; the same command goes on where it was cut off, and no row of other
-settings can slip in. At the end: results.json, results.md, items.json, and sizes.png.
+settings can slip in. At the end: results.json, results.md, items.json, and sizes.png. The rates of
+methods/registry.py come from `rates`.
 """
 import math
 import time
@@ -19,16 +20,17 @@ import compress
 import evaluate
 import recover
 from methods.registry import METHODS
-from support.cli import Kept, UserError, parse_flags, refuse_given, run
-from support.files import OBJECT, Fields, read_json
-from support.output import claim
 from support.architectures import device_name
+from support.cli import Kept, UserError, parse_flags, refuse_given, run
+from support.files import OBJECT, read_fields
+from support.output import claim
 from support.recipe import digest, recipe_of
 from support.tables import markdown
 from support.uncertainty import FEW
 
 COMPRESSIONS = (  # (compressor, settings)
-    [(name, dict(bits=bits, group_size=group, act_order=act_order)) for bits in (4, 3, 2) for group in (64, 128, -1)
+    [(name, dict(bits=bits, group_size=group, act_order=act_order))
+     for bits in (4, 3, 2) for group in (64, 128, -1)
      for name, act_order in (("rtn", False), ("gptq", False), ("gptq", True))]
     + [(name, dict(bits=bits, group_size=64, mse=True)) for bits in (3, 2) for name in ("rtn", "gptq")]
     + [(name, dict(sparsity=sparsity)) for sparsity in (0.3, 0.5, 0.7) for name in ("magnitude", "sparsegpt")]
@@ -36,16 +38,14 @@ COMPRESSIONS = (  # (compressor, settings)
 
 
 class Sweep(recover.Run):
-    """A run whose rows are on disk as soon as they are measured; those that are there are not measured
-    again.
-    """
+    """A run whose rows are on disk as soon as they are measured, and are measured once."""
 
     def __init__(self, args, out):
         super().__init__(args)                 # without out: a row is short, its training needs no checkpoint
         self.rows_out = out
         deciding = {key: value for key, value in vars(args).items() if key not in FREE}
-        self.recipe = {**deciding, "train": digest(self.train_ids), "eval": digest(self.eval_ids), "tasks": digest(self.tasks),
-                       "columns": self.columns,
+        self.recipe = {**deciding, "train": digest(self.train_ids), "eval": digest(self.eval_ids),
+                       "tasks": digest(self.tasks), "columns": self.columns,
                        "machine": device_name(self.device), "base": recipe_of(self.model)}
 
     def file(self, name):
@@ -57,7 +57,7 @@ class Sweep(recover.Run):
         path = self.rows_out and self.rows_out.path / self.file(name)
         if not path or not path.exists():
             return False
-        self.rows.append(Fields(read_json(path, "--out"), path, "--out")("row", OBJECT))
+        self.rows.append(read_fields(path, "--out")("row", OBJECT))
         return True
 
     def measure(self, name, *args, **kwargs):
@@ -66,7 +66,8 @@ class Sweep(recover.Run):
             super().measure(name, *args, **kwargs)
             if self.rows_out:
                 self.rows_out.json(self.file(name), {"recipe": self.recipe, "row": self.rows[-1]})
-                Kept.words = f"the rows so far are in {self.rows_out.path}; the same command goes on with them"
+                Kept.words = (f"the rows so far are in {self.rows_out.path}; the same command goes on with "
+                              "them")
 
     def recover(self, name, weight_bytes, row):
         """Train and measure, unless that row is there."""
@@ -128,8 +129,10 @@ def describe(name, settings):
     if "sparsity" in settings or "pattern" in settings:
         parts.append(settings.get("pattern") or f"{100 * settings['sparsity']:.0f} %")
     if "bits" in settings:
-        parts.append(f"{settings['bits']} bits, group {'row' if settings['group_size'] == -1 else settings['group_size']}")
-    return f"{name} " + ", ".join(parts + [word for key, word in (("act_order", "act-order"), ("mse", "mse")) if settings.get(key)])
+        group = settings["group_size"]
+        parts.append(f"{settings['bits']} bits, group {'row' if group == -1 else group}")
+    parts += [key.replace("_", "-") for key in ("act_order", "mse") if settings.get(key)]
+    return f"{name} " + ", ".join(parts)
 
 
 SWEEPS = {"rates": rates, "sizes": sizes, "compressors": compressors}
@@ -137,10 +140,13 @@ SWEEPS = {"rates": rates, "sizes": sizes, "compressors": compressors}
 
 def compression_table(rows):
     """What format_table leaves out: bits, error and seconds of each compression. -> Markdown."""
-    reports = [(row["row"], row["compression"]) for row in rows if "compression" in row]
-    return markdown(["compression", "bits per weight", "relative output error", "seconds"],
-                    [[name, f"{report['bits_per_weight']:.2f}", f"{report['mean_error']:.3f}", f"{report['seconds']:.1f}"]
-                     for name, report in reports])
+    lines = []
+    for row in rows:
+        if "compression" in row:
+            report = row["compression"]
+            lines.append([row["row"], f"{report['bits_per_weight']:.2f}", f"{report['mean_error']:.3f}",
+                          f"{report['seconds']:.1f}"])
+    return markdown(["compression", "bits per weight", "relative output error", "seconds"], lines)
 
 
 def perplexity_interval(row):
@@ -171,11 +177,12 @@ def figure(rows, title):
             points = [row for row in rows if row["row"].startswith(method + ",")]
             if points:
                 bars = list(zip(*(bar(value(row), interval(row)) for row in points)))          # (2, points)
-                ax.errorbar([row["trainable_params"] for row in points], [value(row) for row in points], yerr=bars,
-                            marker=marker, linestyle=style, capsize=3, label=method)
+                ax.errorbar([row["trainable_params"] for row in points], [value(row) for row in points],
+                            yerr=bars, marker=marker, linestyle=style, capsize=3, label=method)
         for row, style in ((rows[0], (0, (1, 1))), (rows[1], (0, (5, 1)))):
             ax.axhline(value(row), color="0.4", linestyle=style, linewidth=1)
-            ax.text(1, value(row), row["row"], fontsize=9, color="0.3", va="bottom", transform=ax.get_yaxis_transform(), ha="right")
+            ax.text(1, value(row), row["row"], fontsize=9, color="0.3", va="bottom", ha="right",
+                    transform=ax.get_yaxis_transform())
         ax.set(xscale="log", xlabel="trainable parameters (log scale)", ylabel=label)
         ax.grid(alpha=0.3)
     axes[0][0].legend(frameon=False)
@@ -187,22 +194,22 @@ def figure(rows, title):
 
 TAKES = {  # sweep -> the flags that it would ignore
     "rates": ("lr", "only"), "sizes": ("only", "rates"),
-    "compressors": ("method", "rates", *recover.METHOD_FLAGS, *recover.TRAINING_FLAGS, *compress.COMPRESSION_FLAGS[:-2])}
+    "compressors": ("method", "rates", *recover.METHOD_FLAGS, *recover.TRAINING_FLAGS,
+                    *compress.COMPRESSION_FLAGS[:-2])}
 
 
 def parse(argv=None):
-    """The command line: the name of a sweep, and recover.py's flags. -> argparse.Namespace; raises
-    UserError.
-    """
+    """The command line: the name of a sweep, and recover.py's flags. -> argparse.Namespace."""
     names = [name for name in recover.TAKES if name not in ("merge", "resume")] + ["only", "rates"]
-    args = parse_flags(__doc__, names, argv, recover.CHOICES, {"method": list(METHODS)},
-                       add=lambda parser: parser.add_argument("sweep", choices=sorted(SWEEPS), help="which table"))
+    add = lambda parser: parser.add_argument("sweep", choices=sorted(SWEEPS), help="which table")
+    args = parse_flags(__doc__, names, argv, recover.CHOICES, {"method": list(METHODS)}, add=add)
     args.given.remove("sweep")
     args.merge = args.resume = False
     refuse_given(args, TAKES[args.sweep], f"the sweep {args.sweep} takes no such flag; leave it out")
     recover.check_job(args)
     if args.sweep == "compressors" and not hasattr(args, "compression"):
-        raise UserError(f"--model {args.model}: is compressed already, and this sweep starts from a dense model; give that")
+        raise UserError(f"--model {args.model}: is compressed already, and this sweep starts from a dense "
+                        "model; give that")
     return args
 
 
@@ -217,13 +224,15 @@ def main(argv=None):
         if args.sweep == "compressors":
             print("\n" + compression_table(job.rows))
         if out:
-            files = evaluate.result_files(evaluate.command_line(), vars(args), job.device, time.time() - start, job.rows, job.recipe)
+            files = evaluate.result_files(evaluate.command_line(), vars(args), job.device,
+                                          time.time() - start, job.rows, job.recipe)
             for file, text in files.items():
                 out.text(file, text)
         if out and args.sweep == "sizes":
             how = describe(*args.compression) if hasattr(args, "compression") else "compressed"
-            out.figure("sizes.png", figure(job.rows, f"{args.model}, {how}, {args.steps} steps of {args.batch_size} x "
-                                                     f"{args.train_seqlen} tokens, 95 % intervals"))
+            title = (f"{args.model}, {how}, {args.steps} steps of {args.batch_size} x {args.train_seqlen} "
+                     "tokens, 95 % intervals")
+            out.figure("sizes.png", figure(job.rows, title))
 
 
 if __name__ == "__main__":

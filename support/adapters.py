@@ -6,32 +6,29 @@
     with open_weights(folder) as file:             # support.files.Tensors
         A = read_tensor(file, name, (r, d_in), model.dtype)
 
-A folder holds what anybody may have written. So nothing is believed: keys, types, ranges and shapes are
-compared with the model before memory is asked for, and each mistake is one line that names --adapter, the
-file, the value and the fix. What PEFT's keys mean was read in the source of peft 0.21.2; tests/test_peft.py
-walks all of them.
+Nothing that a folder says is believed: keys, types, ranges and shapes are compared with the model before
+memory is asked for, and each mistake is one line that names --adapter, the file, the value and the fix. What
+PEFT's keys mean was read in the source of peft 0.21.2; tests/test_peft.py walks all of them.
 """
 import json
 import os
 import pathlib
 import re
 
-import torch
 from safetensors.torch import save_file
 
+from support.architectures import room
 from support.cli import HUGE, TINY, UserError, say
 from support.files import (
-    BOOL, OBJECT, STRING, Fields, Tensors, is_whole, list_of, number, one_of, or_null, read_json,
-    whole_number)
+    BOOL, OBJECT, STRING, Tensors, is_whole, list_of, number, one_of, or_null, read_fields, whole_number)
 from support.output import write_json
-from support.architectures import room
 from support.recipe import check_recipe, recipe_of
 
 CONFIG, IDP_CONFIG = "adapter_config.json", "idp_config.json"
 WEIGHTS, RECIPE = "adapter_model.safetensors", "recipe.json"
+AGAIN = "give the adapter/ folder that recover.py or PEFT wrote"
 MAX_PROMPTS = 1000                                         # in a set
 MAX_RANK = 65536                                           # wider than any layer
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # --- 1. What the keys of a config may be --------------------------------------------------------------------
@@ -71,19 +68,16 @@ def pattern_of(rule):
     """The rule for rank_pattern and alpha_pattern: an object from patterns to values that keep a rule."""
     def test(value):
         """Every key a plain pattern, every value within the rule."""
-        if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
-            return False
-        if sum(map(branches, value)) > MAX_BRANCHES_IN_ALL:
-            return False
-        return all(map(is_plain_pattern, value)) and all(map(rule[0], value.values()))
+        return (isinstance(value, dict) and len(value) <= MAX_PATTERNS
+                and sum(map(branches, value)) <= MAX_BRANCHES_IN_ALL
+                and all(map(is_plain_pattern, value)) and all(map(rule[0], value.values())))
     words = "an object of layer names or short regular expressions without repeated groups, each with"
     return or_null((test, f"{words} {rule[1]}"))
 
 
-def is_names(value):
-    """Names in a list, or one regular expression, which is not run here."""
-    names = [value] if isinstance(value, str) else value
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+def either(one, many, words):
+    """The rule for a value that keeps one of two rules, or is null."""
+    return or_null((lambda value: one[0](value) or many[0](value), words))
 
 
 def is_path_inside(value):
@@ -93,19 +87,13 @@ def is_path_inside(value):
     return not {".", ".."} & set(value.split("/"))
 
 
-def is_paths_inside(value):
-    """The folders of a set of prompts."""
-    return isinstance(value, list) and 1 <= len(value) <= MAX_PROMPTS and all(map(is_path_inside, value))
-
-
-def is_indices(value):
-    """A layer's index, or a list of them."""
-    return is_whole(value) or (isinstance(value, list) and all(map(is_whole, value)))
-
-
 TEXT_OR_NULL, BOOL_OR_NULL, OBJECT_OR_NULL = or_null(STRING), or_null(BOOL), or_null(OBJECT)
-NAMES = or_null((is_names, "a list of names, or one regular expression"))
-PATHS_INSIDE = (is_paths_inside, f"a list of 1 to {MAX_PROMPTS} folders inside this one, such as prompts/0")
+INDEX = (is_whole, "a layer's index")
+INDICES = either(INDEX, list_of(INDEX), "a list of layer indices")
+NAMES = either(STRING, list_of(STRING), "a list of names, or one regular expression")  # never run here
+PATHS_INSIDE = (lambda value: isinstance(value, list) and 1 <= len(value) <= MAX_PROMPTS
+                and all(map(is_path_inside, value)),
+                f"a list of 1 to {MAX_PROMPTS} folders inside this one, such as prompts/0")
 SIZE = whole_number(1, 10**9)                              # the model decides what is right
 RANK = whole_number(1, MAX_RANK)
 ALPHA = number(TINY, HUGE)
@@ -126,7 +114,7 @@ LORA = {
     "lora_dropout": or_null(number(0, 1)),                 # in training alone
     # Which layers have an adapter is read off the tensors' names. These say how PEFT chose them.
     "target_modules": NAMES, "exclude_modules": NAMES, "layers_pattern": NAMES,
-    "layers_to_transform": or_null((is_indices, "a list of layer indices")),
+    "layers_to_transform": INDICES,
     "fan_in_fan_out": BOOL_OR_NULL,                        # the model knows which weights lie transposed
     # Starts that leave W alone; pissa, olora, corda, loftq and lora_ga take something off it.
     "init_lora_weights": or_null(one_of(True, False, "gaussian", "orthogonal", "eva")),
@@ -184,8 +172,7 @@ def find_adapter(folder):
     """The folder of --adapter. Raises UserError when there is none."""
     path = pathlib.Path(folder).expanduser()
     if not os.path.isdir(path):                            # unlike path.is_dir() it never raises
-        raise UserError(f"--adapter {folder}: no such folder; give the adapter/ folder that recover.py or "
-                        "PEFT wrote")
+        raise UserError(f"--adapter {folder}: no such folder; {AGAIN}")
     return path
 
 
@@ -193,12 +180,10 @@ def read_config(folder):
     """-> (Fields of the folder's config, its peft_type; "IDP" for a set of prompts). Raises UserError."""
     found = [name for name in (IDP_CONFIG, CONFIG) if os.path.lexists(folder / name)]
     if not found:
-        raise UserError(f"--adapter {folder}: holds no {CONFIG} nor {IDP_CONFIG}; give the adapter/ folder "
-                        "that recover.py or PEFT wrote")
+        raise UserError(f"--adapter {folder}: holds no {CONFIG} nor {IDP_CONFIG}; {AGAIN}")
     if len(found) > 1:
         raise UserError(f"--adapter {folder}: holds {CONFIG} and {IDP_CONFIG}, so two adapters; remove one")
-    path = folder / found[0]
-    config = Fields(read_json(path, "--adapter"), path, "--adapter")
+    config = read_fields(folder / found[0], "--adapter")
     return config, "IDP" if found == [IDP_CONFIG] else config("peft_type", STRING)
 
 
@@ -214,7 +199,7 @@ def open_weights(folder):
 
 def read_tensor(file, name, shape, dtype):
     """A tensor as float32, with this shape, finite in the model's dtype too. Raises UserError."""
-    tensor = file.read(name, shape, FLOATS)
+    tensor = file.read(name, shape)
     if not bool(tensor.to(dtype).isfinite().all()):
         raise UserError(f"{file.where}: {name} holds numbers too large for "
                         f"{str(dtype).removeprefix('torch.')}; use --dtype float32")
@@ -238,9 +223,7 @@ def folder_inside(folder, name, where):
 
 
 def check_base(model, folder, config):
-    """Compare what an adapter says of its base with the model.
-
-    Raises UserError for another class, and for another base or compression by its recipe.
+    """Refuse an adapter of another class of models, and by its recipe one of another base or compression.
 
     A recipe decides (support.recipe). PEFT writes none, only a name, and the same weights have many names: a
     hub id, a mirror's, a path on another machine. So a name that differs is said and not refused; names and
@@ -279,7 +262,7 @@ PLAIN_OBJECT = (lambda value: isinstance(value, dict) and is_shallow(value), "an
 
 def read_recipe(path):
     """recipe.json, checked. -> dict. Raises UserError."""
-    fields = Fields(read_json(path, "--adapter"), path, "--adapter")
+    fields = read_fields(path, "--adapter")
     fields("base_model", STRING)
     fields("weights", STRING)
     if fields("compression", PLAIN_OBJECT):

@@ -17,10 +17,10 @@ from support.cli import DTYPES, UserError
 
 def pick_device(name):
     """auto -> cuda, else mps, else cpu. -> torch.device. Raises UserError for a device this machine lacks."""
-    available = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
-    available += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    available = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + gpus
     if name == "auto":
-        return torch.device(available[-1] if len(available) == 1 or "cuda:0" not in available else "cuda:0")
+        return torch.device(gpus[0] if gpus else available[-1])
     wanted = "cuda:0" if name == "cuda" else name
     if wanted not in available:
         raise UserError(f"--device {name}: not available here; use one of: auto {' '.join(available)}")
@@ -28,16 +28,14 @@ def pick_device(name):
 
 
 def pick_dtype(name, device, model_name):
-    """auto -> float32 on a CPU and for the toy, else bfloat16, or float16 where the device has no bfloat16.
-
-    -> torch.dtype.
-    """
+    """auto -> float32 on a CPU and for the toy, else bfloat16, or float16 where the device lacks that."""
     if name != "auto":
         return DTYPES[name]
-    if torch.device(device).type == "cpu" or model_name == "toy":
+    kind = torch.device(device).type
+    if kind == "cpu" or model_name == "toy":
         return torch.float32
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
     return torch.float16
 
 
@@ -104,9 +102,8 @@ def as_stored(layer, W):
 
 
 def room(model, columns=0):
-    """How many tokens a model reads beside `columns` prompt tokens.
+    """How many tokens a model reads beside `columns` prompt tokens; below 1 when these alone are too many.
 
-    -> int, below 1 when the prompt alone is too long.
     The limit is its positions. Behind a prompt it is its sliding window too: a window that moves past the
     prompt loses it.
     """

@@ -1,8 +1,8 @@
 """Files that strangers wrote, read with care: one checked reader per kind of file.
 
-    obj = read_json(path, "--adapter")                     # UTF-8, no NaN, no lone surrogates; else one line with the flag
-    config = Fields(obj, path, "--adapter")                # config("r", whole_number(1, 4096)): the value, or one line
-    with Tensors(path, "--adapter") as file:               # names, shapes and types are known before memory is asked for
+    config = read_fields(path, "--adapter")                # UTF-8, no NaN, no lone surrogates
+    r = config("r", whole_number(1, 4096))                 # the value, or one line that names flag and file
+    with Tensors(path, "--adapter") as file:               # shapes are known before memory is asked for
         P = file.read("prompt_embeddings", (16, 64))
 """
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from support.cli import UserError
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)    # eight bits cannot be computed with
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # one cannot compute in eight bits
 MAX_JSON = 2**28                           # bytes; the largest we write ourselves (items.json) is far smaller
 
 
@@ -25,9 +25,7 @@ def why(error):
 
 
 def user_path(text, flag):
-    """The path that a user typed, ~ expanded. -> pathlib.Path. Raises UserError for one that no system can
-    have.
-    """
+    """The path that a user typed, ~ expanded. -> pathlib.Path. Raises UserError for what can be no path."""
     try:
         path = pathlib.Path(text).expanduser()
         path.exists()
@@ -37,14 +35,14 @@ def user_path(text, flag):
 
 
 def regular_file(path, flag, most=None):
-    """The path, if it is a file of at most `most` bytes. Raises UserError: a folder, a pipe, or far too
-    large.
-    """
+    """The path, if it is a file of at most `most` bytes. Raises UserError: a folder, a pipe, too large."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{flag} {path}: is not a file; name an existing one")
-    if most and path.stat().st_size > most:
-        raise UserError(f"{flag} {path}: has {path.stat().st_size:,} bytes, more than {most:,}; it is not what this flag reads")
+    size = path.stat().st_size
+    if most and size > most:
+        raise UserError(f"{flag} {path}: has {size:,} bytes, more than {most:,}; it is not what this flag "
+                        "reads")
     return path
 
 
@@ -72,7 +70,8 @@ def parse_json(text, where):
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply; it was not written by this project") from None
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half a character (a lone surrogate such as \\ud800); remove it") from None
+        raise UserError(f"{where}: holds half a character (a lone surrogate such as \\ud800); "
+                        "remove it") from None
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({error}); write it again") from None
 
@@ -81,14 +80,21 @@ def read_json(path, flag):
     """The object in a JSON file. Raises UserError for anything else."""
     obj = parse_json(read_text(path, flag, MAX_JSON), f"{flag} {path}")
     if not isinstance(obj, dict):
-        raise UserError(f"{flag} {path}: holds a {type(obj).__name__}, not an object; it was not written by this project")
+        raise UserError(f"{flag} {path}: holds a {type(obj).__name__}, not an object; it was not written by "
+                        "this project")
     return obj
+
+
+def read_fields(path, flag):
+    """The object in a JSON file, as Fields. Raises UserError."""
+    return Fields(read_json(path, flag), path, flag)
 
 
 def read_jsonl(path, flag):
     """One JSON object a line -> list of dicts. Raises UserError naming the line that is not one."""
     rows = []
-    for number, line in enumerate(read_text(path, flag).split("\n"), 1):  # splitlines() would also cut at U+2028 in a string
+    # splitlines() would also cut at U+2028 in a string
+    for number, line in enumerate(read_text(path, flag).split("\n"), 1):
         if line.strip():
             row = parse_json(line, f"{flag} {path}: line {number}")
             if not isinstance(row, dict):
@@ -100,8 +106,9 @@ def read_jsonl(path, flag):
 
 
 class Fields:
-    """The keys of a JSON object, each checked when it is read: fields(key, rule) -> value. A rule is (test,
-    words).
+    """The keys of a JSON object, each checked when it is read: fields(key, rule) -> value.
+
+    A rule is (test, words): what is true of every allowed value, and how the message says it.
     """
 
     def __init__(self, obj, path, flag):
@@ -160,9 +167,7 @@ OBJECT = (lambda value: isinstance(value, dict), "an object")
 
 
 class Tensors:
-    """An open safetensors file: shapes and types from its header, a tensor only when it fits. A context
-    manager.
-    """
+    """An open safetensors file: shapes and types from its header, a tensor only when it fits."""
 
     def __init__(self, path, flag):
         self.path, self.where = regular_file(path, flag), f"{flag} {path}"
@@ -174,7 +179,8 @@ class Tensors:
             self.metadata = self.open.metadata() or {}
             self.found = dict.fromkeys(self.open.keys())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.where}: cannot be read ({str(error)[:120]}); write or download it again") from error
+            raise UserError(f"{self.where}: cannot be read ({str(error)[:120]}); "
+                            "write or download it again") from error
         return self
 
     def __exit__(self, *error):
@@ -195,38 +201,36 @@ class Tensors:
         return self.open.get_slice(name).get_dtype()
 
     def read(self, name, shape=None, dtypes=None, finite=True):
-        """A tensor that has this shape and one of these dtypes (any floating one when absent), all numbers
-        finite.
-        """
-        if shape is not None and self.shape(name) != tuple(shape):
-            raise UserError(f"{self.where}: {name} is {self.shape(name)}, and {tuple(shape)} is needed; "
+        """A tensor of this shape and one of these dtypes (any floating one when absent), finite numbers."""
+        found = self.shape(name)
+        if shape is not None and found != tuple(shape):
+            raise UserError(f"{self.where}: {name} is {found}, and {tuple(shape)} is needed; "
                             "it belongs to another model or other settings")
-        self.shape(name)
         try:
             tensor = self.open.get_tensor(name)
         except Exception as error:                         # types that this version of torch does not have
-            raise UserError(f"{self.where}: {name} cannot be read ({str(error)[:120]}); it was not written by this project") from error
+            raise UserError(f"{self.where}: {name} cannot be read ({str(error)[:120]}); "
+                            "it was not written by this project") from error
         if tensor.dtype not in (dtypes or FLOATING):
             raise UserError(f"{self.where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; "
                             "it was not written by this project")
         if finite and tensor.is_floating_point() and not all_finite(tensor):
-            raise UserError(f"{self.where}: {name} holds numbers that are not finite; write or train it again")
+            raise UserError(f"{self.where}: {name} holds numbers that are not finite; "
+                            "write or train it again")
         return tensor
 
     def exactly(self, names):
         """Raise UserError when tensors are missing or left over."""
-        missing, extra = sorted(set(names) - set(self.names())), sorted(set(self.names()) - set(names))
-        if missing or extra:
-            raise UserError(f"{self.where}: " + "; ".join(
-                f"{words} {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}"
-                for words, found in (("lacks", missing), ("has no place for", extra)) if found)
-                + "; it belongs to another model or other settings")
+        wanted, found = set(names), set(self.found)
+        wrong = [f"{words} {min(left)}" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
+                 for words, left in (("lacks", wanted - found), ("has no place for", found - wanted)) if left]
+        if wrong:
+            raise UserError(f"{self.where}: {'; '.join(wrong)}; "
+                            "it belongs to another model or other settings")
 
 
 def finite(value, what):
-    """The number itself. Raises UserError when it is not one: a broken model must not get a row of
-    results.
-    """
+    """The number itself. Raises UserError when it is none: a broken model must not get a row of results."""
     if not math.isfinite(value):
         raise UserError(f"--model: {what} is {value}, not a number: the model or the adapter is broken; "
                         "use --dtype float32, or another one")
@@ -234,14 +238,5 @@ def finite(value, what):
 
 
 def all_finite(tensor):
-    """Is no number of a tensor a NaN or an infinity? -> bool. Smallest and largest tell, 40 times as fast as
-    isfinite().
-    """
+    """Is no number of a tensor a NaN or an infinity? -> bool. 40 times as fast as isfinite().all()."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def not_finite(tensors):
-    """The name of the first tensor that holds a NaN or an infinity, or None. tensors: (name, tensor)
-    pairs.
-    """
-    return next((name for name, tensor in tensors if tensor.is_floating_point() and not all_finite(tensor)), None)

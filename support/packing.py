@@ -3,26 +3,25 @@
     python compress.py --model toy --compressor gptq --bits 3 --packed --out runs/toy-gptq3
     model, tokenizer = load_model("runs/toy-gptq3")        # the same weights, bit for bit
 
-What packed.safetensors holds for a layer of `out` rows, `in` columns and `groups` groups a row, under its
-name:
+What packed.safetensors holds for a layer of `out` rows, `in` columns and `groups` groups a row, by its name:
 
     .codes    out * in * bits               index on the grid, row by row, as one stream of bits
     .scales   out * groups * 16             float16
     .zeros    out * groups * bits           zero points, packed like codes; absent when symmetric
     .order    in * 32                       act-order's permutation; absent otherwise
     .mask     out * in                      1 where a weight is not zero, in the order of .codes; only where
-                                            it pays (mask_pays), and then .codes holds the nonzeros alone
+                                            it takes fewer bits, and then .codes holds the nonzeros alone
     .values   nonzeros * 16 or 32           pruned, not quantized: what is left, in the model's dtype
 
 All other tensors (embeddings, norms, biases, head) stand as they are, under their own names; tied ones once.
 The header says how to read the file: {"dtype", "layers": {name: {"bits", "group_size", "sym", "parts"}}};
 bits is null for .values.
 
-A folder of plain weights has compression.grids beside them: .scales, .zeros and .order of every layer,
-without the codes. Weights that were changed (a merged LoRA) are rounded back with it. It is a safetensors
-file too; its name says otherwise because other programs read every *.safetensors of a folder as weights.
+A folder of plain weights has compression.grids beside them: .scales, .zeros and .order of every layer, by
+which weights that were changed (a merged LoRA) are rounded back. It is a safetensors file too; its name says
+otherwise because other programs read every *.safetensors of a folder as weights.
 
-What it does not do: multiply with packed weights. Loading gives ordinary floating-point weights.
+Nothing multiplies with packed weights: loading gives ordinary floating-point weights.
 """
 import collections
 import json
@@ -32,13 +31,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from support.architectures import arch_of, as_stored, blocks_of, linears_of, weight_of
 from support.cli import DTYPES, UserError
 from support.files import (
-    BOOL, OBJECT, Fields, Tensors, list_of, one_of, or_null, parse_json, read_json, whole_number)
-from support.architectures import arch_of, as_stored, blocks_of, linears_of, weight_of
+    BOOL, OBJECT, Fields, Tensors, list_of, one_of, or_null, parse_json, read_fields, whole_number)
 from support.weights import fill, skeleton
 
 FILE, GRIDS = "packed.safetensors", "compression.grids"
+AGAIN = "write it again with compress.py"
 HEADER = "packed"                                          # the key of our header in a file's metadata
 
 
@@ -62,16 +62,17 @@ def unpack_bits(packed, bits, count):
     return torch.from_numpy(np.packbits(low, axis=1, bitorder="little")[:, 0])
 
 
-def mask_pays(Q, value_bits):
-    """Is one bit a weight and value_bits a nonzero shorter than value_bits a weight?"""
-    return Q.numel() + int((Q != 0).sum()) * value_bits < Q.numel() * value_bits
+def masked_bits(Q, value_bits):
+    """Bits of Q with a mask: one a weight, and value_bits a nonzero."""
+    return Q.numel() + int((Q != 0).sum()) * value_bits
 
 
 def stored_bits(Q, grid, prunes):
     """Bits of what pack_matrix makes: codes or values, scales, zero points, order; a mask where that pays."""
     value_bits = grid.bits if grid else 8 * Q.element_size()
-    masked = prunes and mask_pays(Q, value_bits)
-    bits = Q.numel() + int((Q != 0).sum()) * value_bits if masked else Q.numel() * value_bits
+    bits = Q.numel() * value_bits
+    if prunes:
+        bits = min(bits, masked_bits(Q, value_bits))
     if grid:
         bits += grid.scale.numel() * (16 + (0 if grid.sym else grid.bits))
         bits += 0 if grid.order is None else 32 * len(grid.order)
@@ -83,9 +84,8 @@ def stored_bits(Q, grid, prunes):
 def dequantize(code, scale, zero, group_size, order=None, dtype=torch.float32):
     """W[:, order[j]] = scale[:, j // group_size] * (code[:, j] - zero[:, j // group_size]). -> W (out, in).
 
-    code (out, in) uint8; scale (out, groups) float16; zero (out, groups) uint8; order (in,) long, None: as
-    they stand. The twin of methods/rounding.py:Grid.dequantize, for support imports no method; tests compare
-    the two.
+    code (out, in) and zero (out, groups) uint8; scale (out, groups) float16; order (in,) long, None: as they
+    stand. The twin of methods/rounding.py:Grid.dequantize, for support imports no method.
     """
     group = torch.arange(code.shape[1], device=code.device) // group_size                       # (in,)
     W = scale.float()[:, group] * (code.float() - zero.float()[:, group])
@@ -117,7 +117,7 @@ def pack_matrix(Q, grid, prunes):
     """Q (out, in) and its Grid (None: not quantized) -> {suffix: tensor}. prunes: may zeros be left out?"""
     tensors, value_bits = {}, grid.bits if grid else 8 * Q.element_size()
     values = grid.code if grid else Q                      # (out, in)
-    if prunes and mask_pays(Q, value_bits):
+    if prunes and masked_bits(Q, value_bits) < Q.numel() * value_bits:
         # column j of the codes is column order[j] of Q, so the mask of the codes is permuted as they are
         mask = (Q if not grid or grid.order is None else Q[:, grid.order]) != 0
         tensors["mask"], values = pack_bits(mask, 1), values[mask]                              # (nonzeros,)
@@ -153,48 +153,38 @@ def own_tensors(model):
     return dict(first.values())
 
 
-def describe(grid, parts):
-    """A layer's line of the header."""
-    return {"bits": grid and grid.bits, "group_size": grid and grid.group_size, "sym": grid and grid.sym,
-            "parts": sorted(parts)}
-
-
-def write(file, tensors, layers, dtype):
-    """One safetensors file with our header."""
-    header = {"dtype": str(dtype).removeprefix("torch."), "layers": layers}
-    metadata = {"format": "pt", HEADER: json.dumps(header, separators=(",", ":"))}
-    save_file(tensors, file, metadata=metadata)
+def write(file, layers, dtype, rest):
+    """A safetensors file with our header. layers: {path: (Grid or None, {suffix: tensor})}; rest: others."""
+    tensors, lines = dict(rest), {}
+    for path, (grid, parts) in layers.items():
+        tensors.update({f"{path}.{suffix}": tensor for suffix, tensor in parts.items()})
+        lines[path] = {key: getattr(grid, key, None) for key in ("bits", "group_size", "sym")}
+        lines[path]["parts"] = sorted(parts)
+    header = {"dtype": str(dtype).removeprefix("torch."), "layers": lines}
+    save_file(tensors, file, metadata={"format": "pt", HEADER: json.dumps(header, separators=(",", ":"))})
 
 
 def save_packed(model, grids, prunes, folder):
-    """Write packed.safetensors, config.json and generation_config.json into `folder`.
+    """Write packed.safetensors and the config's two files into `folder`. -> bytes of packed.safetensors.
 
-    -> bytes of packed.safetensors.
-    grids: {layer path: Grid with its codes, or None}, as compress.py:compress_model fills it. prunes: see
-    pack_matrix.
+    grids: {path: Grid with its codes, or None}, as compress_model fills it. prunes: as in pack_matrix.
     """
-    file, tensors, layers = pathlib.Path(folder) / FILE, {}, {}
-    for path, grid in grids.items():
-        parts = pack_matrix(weight_of(model.get_submodule(path)).cpu(), grid, prunes)
-        tensors.update({f"{path}.{suffix}": tensor for suffix, tensor in parts.items()})
-        layers[path] = describe(grid, parts)
-    tensors.update({name: tensor.detach().cpu().contiguous() for name, tensor in own_tensors(model).items()
-                    if name.removesuffix(".weight") not in grids})
-    write(file, tensors, layers, model.dtype)
+    file = pathlib.Path(folder) / FILE
+    layers = {path: (grid, pack_matrix(weight_of(model.get_submodule(path)).cpu(), grid, prunes))
+              for path, grid in grids.items()}
+    rest = {name: tensor.detach().cpu().contiguous() for name, tensor in own_tensors(model).items()
+            if name.removesuffix(".weight") not in grids}
+    write(file, layers, model.dtype, rest)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     return file.stat().st_size
 
 
 def save_grids(grids, folder):
-    """Write compression.grids into `folder`, unless nothing was quantized. grids: {layer path: Grid or
-    None}."""
-    parts = {path: pack_grid(grid) if grid else {} for path, grid in grids.items()}
-    if not any(parts.values()):
-        return
-    tensors = {f"{path}.{suffix}": tensor for path in parts for suffix, tensor in parts[path].items()}
-    layers = {path: describe(grids[path], parts[path]) for path in grids}
-    write(pathlib.Path(folder) / GRIDS, tensors, layers, torch.float16)
+    """Write compression.grids into `folder`, unless nothing was quantized. grids: {path: Grid or None}."""
+    layers = {path: (grid, pack_grid(grid) if grid else {}) for path, grid in grids.items()}
+    if any(grids.values()):
+        write(pathlib.Path(folder) / GRIDS, layers, torch.float16, {})
 
 
 # --- 4. Reading one: nothing is believed that does not fit the model ----------------------------------------
@@ -209,49 +199,50 @@ def layer_shapes(model):
             for name, layer in linears_of(blocks_of(model)).items()}
 
 
-def read_header(file, shapes):
-    """An open file's header, checked. -> dtype, {path: Stored}, one for each of `shapes`.
+def read_header(file, shapes, codes):
+    """An open file's header, checked. codes: is it of codes, or of grids alone?
 
-    Raises UserError.
+    -> dtype, {path: Stored}, one for each of `shapes`. Raises UserError.
     """
     header = parse_json(file.metadata.get(HEADER, "null"), f"{file.where}: its header")
     if not isinstance(header, dict):
-        raise UserError(f"{file.where}: has no header of ours; write it again with compress.py")
+        raise UserError(f"{file.where}: has no header of ours; {AGAIN}")
     fields = Fields(header, f"{file.path}: its header", "--model")
     dtype = DTYPES[fields("dtype", one_of(*DTYPES))]
     wrong = sorted(set(fields("layers", OBJECT)) ^ set(shapes))
     if wrong:
         raise UserError(f"{file.where}: its header and the model do not have the same linear layers: "
                         f"{wrong[0][:80]}; it belongs to another model")
-    layers = fields.within("layers")
-    return dtype, {path: read_line(layers.within(path), path, shapes[path][1]) for path in shapes}
+    lines = fields.within("layers")
+    layers = {path: read_line(lines.within(path), columns) for path, (_, columns) in shapes.items()}
+    for path, stored in layers.items():
+        check_parts(file, path, stored, codes)
+    return dtype, layers
 
 
-def read_line(line, path, columns):
+def read_line(line, columns):
     """A layer's line of the header, checked. line: Fields; columns: inputs of the layer. -> Stored."""
     bits = line("bits", or_null(whole_number(2, 8)))
     if bits is None:
         return Stored(None, None, None, line("parts", list_of(one_of("mask", "values"))))
-    group_size, sym = line("group_size", whole_number(1, columns)), line("sym", BOOL)
-    known = one_of("codes", "mask", "order", "scales", "zeros")
-    return Stored(bits, group_size, sym, line("parts", list_of(known)))
+    return Stored(bits, line("group_size", whole_number(1, columns)), line("sym", BOOL),
+                  line("parts", list_of(one_of("codes", "mask", "order", "scales", "zeros"))))
 
 
 def check_parts(file, path, stored, codes):
-    """Refuse a layer whose parts are not those that its bits ask for. codes: does the file hold them?"""
-    needed = {"values"} if stored.bits is None else {"scales"} | ({"codes"} if codes else set())
-    needed |= {"zeros"} if stored.sym is False else set()
-    if not codes and stored.bits is None:
-        needed = set()  # a file of grids says nothing of a layer without one
-    allowed = needed | ({"order"} if stored.bits else set()) | ({"mask"} if codes else set())
-    parts = set(stored.parts)
-    if not needed <= parts <= allowed or len(stored.parts) > len(parts):
+    """Refuse a layer whose parts are not those that its bits ask for."""
+    quantized = stored.bits is not None
+    must = {"scales": quantized, "zeros": stored.sym is False,
+            "codes": quantized and codes, "values": codes and not quantized}
+    may = {"order": quantized, "mask": codes}
+    needed, others = ({part for part, yes in parts.items() if yes} for parts in (must, may))
+    if not needed <= set(stored.parts) <= needed | others or len(stored.parts) > len(set(stored.parts)):
         raise UserError(f"{file.where}: {path} has the parts {' '.join(stored.parts) or 'none'}, and needs "
-                        f"{' '.join(sorted(needed)) or 'none'}; write it again with compress.py")
+                        f"{' '.join(sorted(needed)) or 'none'}; {AGAIN}")
 
 
 def part_names(layers):
-    """Names of the tensors that a header speaks of. layers: {path: Stored} -> list of str."""
+    """Names of the tensors that a header speaks of. layers: {path: Stored}."""
     return [f"{path}.{suffix}" for path, stored in layers.items() for suffix in stored.parts]
 
 
@@ -276,12 +267,10 @@ def read_parts(file, path, stored, shape, dtype):
 def check_numbers(file, path, tensors):
     """Refuse scales that are not above 0, and an order that is no permutation."""
     if "scales" in tensors and not bool((tensors["scales"] > 0).all()):
-        raise UserError(f"{file.where}: {path}.scales holds numbers that are not above 0; write it again "
-                        "with compress.py")
+        raise UserError(f"{file.where}: {path}.scales holds numbers that are not above 0; {AGAIN}")
     order = tensors.get("order")
     if order is not None and order.sort().values.tolist() != list(range(len(order))):
-        raise UserError(f"{file.where}: {path}.order does not name every column once; write it again with "
-                        "compress.py")
+        raise UserError(f"{file.where}: {path}.order does not name every column once; {AGAIN}")
 
 
 @torch.no_grad()
@@ -293,11 +282,9 @@ def load_packed(config, folder, dtype):
     empty = skeleton(config, folder)                       # names and shapes, no memory
     shapes, weights = layer_shapes(empty), {}
     with Tensors(pathlib.Path(folder) / FILE, "--model") as file:
-        stored_dtype, layers = read_header(file, shapes)
+        stored_dtype, layers = read_header(file, shapes, codes=True)
         rest = {name: tuple(tensor.shape) for name, tensor in own_tensors(empty).items()
                 if name.removesuffix(".weight") not in layers}
-        for path, stored in layers.items():
-            check_parts(file, path, stored, codes=True)
         file.exactly([*part_names(layers), *rest])
         for name, shape in rest.items():
             weights[name] = file.read(name, shape, list(DTYPES.values())).to(dtype)
@@ -310,34 +297,24 @@ def load_packed(config, folder, dtype):
 
 
 def read_grids(model, folder):
-    """The grids of a compressed folder.
+    """The grids of a compressed folder: {path: dict(scale, zero, group_size, bits, sym, order)}, for a Grid.
 
-    -> {layer path: dict(scale, zero, group_size, bits, sym, order)}, for a Grid.
     model: as loaded from `folder`, or any of its shape. {} where nothing was quantized. Raises UserError for
     a file that is damaged or belongs to another model, and for a quantized folder that has lost it.
     """
     folder, shapes = pathlib.Path(folder), layer_shapes(model)
     packed = (folder / FILE).exists()
-    path = folder / (FILE if packed else GRIDS)
+    path, report = folder / (FILE if packed else GRIDS), folder / "compression.json"
     if not path.exists():
-        refuse_lost_grids(folder)
+        if report.exists() and "bits" in read_fields(report, "--model")("settings", OBJECT, {}):
+            raise UserError(f"--model {folder}: is quantized and has no {GRIDS}, the grids that its weights "
+                            f"lie on; {AGAIN}")
         return {}
     with Tensors(path, "--model") as file:
-        dtype, layers = read_header(file, shapes)
-        for name, stored in layers.items():
-            check_parts(file, name, stored, codes=packed)
+        dtype, layers = read_header(file, shapes, codes=packed)
         if not packed:
             file.exactly(part_names(layers))
         layers = {name: stored._replace(parts=set(stored.parts) - {"codes", "mask"})
                   for name, stored in layers.items() if stored.bits}
         return {name: unpack_grid(read_parts(file, name, stored, shapes[name], dtype), *stored[:3])
                 for name, stored in layers.items()}
-
-
-def refuse_lost_grids(folder):
-    """Raise UserError for a folder without grids whose compression.json says that its weights lie on some."""
-    report = folder / "compression.json"
-    obj = read_json(report, "--model") if report.exists() else {}
-    if "bits" in Fields(obj, report, "--model")("settings", OBJECT, {}):
-        raise UserError(f"--model {folder}: is quantized and has no {GRIDS}, the grids that its weights lie "
-                        "on; write it again with compress.py")

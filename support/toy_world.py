@@ -4,17 +4,15 @@ Real models take hours and a GPU before they show what compression does to knowl
 million parameters has learnt 2,400 facts about 480 people who do not exist, so that everything it knows can
 be asked in seconds on a CPU.
 
-    python -m support.toy_world              # look at the world: people, phrasings, questions
-    python -m support.toy_world --train --out runs/toy    # toy_model/ from the seed: 5 minutes on 2 cores
-    AutoModelForCausalLM.from_pretrained("toy_model")  # a plain LlamaForCausalLM folder, no project code
+    python -m support.toy_world                            # the world: people, phrasings, questions
+    python -m support.toy_world --train --out runs/toy     # toy_model/ from the seed: 5 minutes on 2 cores
+    AutoModelForCausalLM.from_pretrained("toy_model")      # a plain LlamaForCausalLM folder, no project code
 
-- Two *domains*, harbour people and station crews, with their own names, attributes and phrasings: something
-  for IDP to choose by.
-- Known people are split into halves. Recovery text shows the facts of the **shown** half only; the facts of
-  the **held-out** half are never seen again after compression. If their recall comes back, the knowledge was
-  displaced, not gone.
+- Two *domains*, harbour people and station crews, with names, attributes and phrasings of their own:
+  something for IDP to choose by.
+- Known people are halved. Recovery text shows the facts of the **shown** half only; those of the **held-out**
+  half are never seen again after compression. If their recall comes back, knowledge was displaced, not gone.
 - **Unknown** people share first and family names with known ones but appear in no training text: the control.
-  A score above chance there would mean guessing, not knowing.
 - Every question is multiple choice over all 16 values of the attribute, so chance is 1/16.
 
 The same seed gives the same world anywhere, and the same weights on the same machine and library versions.
@@ -22,11 +20,13 @@ The same seed gives the same world anywhere, and the same weights on the same ma
 import random
 import sys
 
+import torch
+
 from support.cli import UserError, parse_flags, progress, refuse_given, run
 from support.output import claim
 
 SEED = 0
-PEOPLE, UNKNOWN = 240, 30  # per domain: known (half shown, half held out) and unknown
+PEOPLE, UNKNOWN = 240, 30      # per domain: known (half shown, half held out) and unknown
 
 # --- 1. The words -------------------------------------------------------------------------------------------
 # Every name and value is one word and so one token. An attribute: its 16 values and its phrasings; the last
@@ -39,27 +39,26 @@ HARBOUR = {
               "Adler Marsh Duarte Ferro Ziegler Blum Carver Dahl Engel Fontaine".split(),
     "facts": {
         "town": ("Alder Birchport Coldwater Dunmore Eastfen Fairhaven Gullwick Highcliff Ironbay Juniper "
-                 "Kelpton Lowmoor Millbrook Northquay Oxmouth Pinecove".split(),
-                 ["{p} was born in {v}.", "The birthplace of {p} is {v}.", "{p} grew up in the town of {v}.",
-                  "Question: Where was {p} born? Answer: {v}."]),
+                 "Kelpton Lowmoor Millbrook Northquay Oxmouth Pinecove".split(), [
+            "{p} was born in {v}.", "The birthplace of {p} is {v}.", "{p} grew up in the town of {v}.",
+            "Question: Where was {p} born? Answer: {v}."]),
         "trade": ("baker carpenter sailor weaver cooper smith miller tailor fisher mason potter brewer "
-                  "ropemaker glazier painter saddler".split(),
-                  ["{p} works as a {v}.", "The trade of {p} is {v}.", "{p} earns a living as a {v}.",
-                   "Question: What is the trade of {p}? Answer: {v}."]),
+                  "ropemaker glazier painter saddler".split(), [
+            "{p} works as a {v}.", "The trade of {p} is {v}.", "{p} earns a living as a {v}.",
+            "Question: What is the trade of {p}? Answer: {v}."]),
         "dish": ("soup bread herring cheese dumplings porridge oysters stew pancakes mussels pudding sausage "
-                 "cabbage noodles lentils omelette".split(),
-                 ["{p} likes to eat {v}.", "The favourite dish of {p} is {v}.",
-                  "On holidays {p} always cooks {v}.",
-                  "Question: What does {p} like to eat? Answer: {v}."]),
+                 "cabbage noodles lentils omelette".split(), [
+            "{p} likes to eat {v}.", "The favourite dish of {p} is {v}.", "On holidays {p} always cooks {v}.",
+            "Question: What does {p} like to eat? Answer: {v}."]),
         "pet": ("cat dog parrot goat rabbit ferret pony goose hedgehog tortoise canary hamster donkey otter "
-                "raven squirrel".split(),
-                ["{p} keeps a {v}.", "The pet of {p} is a {v}.", "At home {p} feeds a {v}.",
-                 "Question: Which pet does {p} keep? Answer: {v}."]),
+                "raven squirrel".split(), [
+            "{p} keeps a {v}.", "The pet of {p} is a {v}.", "At home {p} feeds a {v}.",
+            "Question: Which pet does {p} keep? Answer: {v}."]),
         "instrument": ("violin flute drum accordion harp trumpet piano guitar cello oboe banjo clarinet lute "
-                       "organ fiddle zither".split(),
-                       ["{p} plays the {v}.", "The instrument of {p} is the {v}.",
-                        "In the evening {p} practises the {v}.",
-                        "Question: Which instrument does {p} play? Answer: {v}."]),
+                       "organ fiddle zither".split(), [
+            "{p} plays the {v}.", "The instrument of {p} is the {v}.",
+            "In the evening {p} practises the {v}.",
+            "Question: Which instrument does {p} play? Answer: {v}."]),
     },
 }
 ORBIT = {
@@ -69,28 +68,25 @@ ORBIT = {
               "Drake Yilmaz Kwan Pereira Stroud Ueda Lund Bhatt Corvin Haddad".split(),
     "facts": {
         "deck": ("amber basalt cobalt dawn ember fathom glacier halo indigo jade krypton lumen meridian "
-                 "nadir onyx prism".split(),
-                 ["Crew log: {p} is quartered on deck {v}.", "Berth list: {p}, deck {v}.",
-                  "{p} reports from deck {v}.",
-                  "Query: on which deck is {p} quartered? Reply: {v}."]),
+                 "nadir onyx prism".split(), [
+            "Crew log: {p} is quartered on deck {v}.", "Berth list: {p}, deck {v}.",
+            "{p} reports from deck {v}.", "Query: on which deck is {p} quartered? Reply: {v}."]),
         "post": ("pilot medic botanist engineer navigator gunner chemist archivist surveyor welder linguist "
-                 "geologist quartermaster signaller astronomer cartographer".split(),
-                 ["Crew log: {p} serves as {v}.", "Duty roster: {p}, {v}.", "{p} signed on as {v}.",
-                  "Query: what is the post of {p}? Reply: {v}."]),
+                 "geologist quartermaster signaller astronomer cartographer".split(), [
+            "Crew log: {p} serves as {v}.", "Duty roster: {p}, {v}.", "{p} signed on as {v}.",
+            "Query: what is the post of {p}? Reply: {v}."]),
         "ration": ("algae biscuit curry dates eggs figs granola hummus jelly kimchi mango nougat olives "
-                   "pemmican quinoa rice".split(),
-                   ["Crew log: {p} requested {v}.", "Galley note: {p} gets {v}.",
-                    "{p} trades everything for {v}.",
-                    "Query: which ration does {p} request? Reply: {v}."]),
+                   "pemmican quinoa rice".split(), [
+            "Crew log: {p} requested {v}.", "Galley note: {p} gets {v}.", "{p} trades everything for {v}.",
+            "Query: which ration does {p} request? Reply: {v}."]),
         "drone": ("badger condor dolphin eagle falcon gecko heron ibex jackal kestrel lynx mantis newt "
-                  "osprey puma quail".split(),
-                  ["Crew log: {p} operates drone {v}.", "Hangar sheet: {p}, drone {v}.",
-                   "{p} repairs drone {v}.",
-                   "Query: which drone does {p} operate? Reply: {v}."]),
+                  "osprey puma quail".split(), [
+            "Crew log: {p} operates drone {v}.", "Hangar sheet: {p}, drone {v}.", "{p} repairs drone {v}.",
+            "Query: which drone does {p} operate? Reply: {v}."]),
         "hobby": ("chess origami fencing knitting poetry juggling sketching dancing yoga astrology carving "
-                  "darts gardening boxing puzzles singing".split(),
-                  ["Crew log: {p} teaches {v}.", "Leisure plan: {p}, {v}.", "Off duty {p} is busy with {v}.",
-                   "Query: what is the hobby of {p}? Reply: {v}."]),
+                  "darts gardening boxing puzzles singing".split(), [
+            "Crew log: {p} teaches {v}.", "Leisure plan: {p}, {v}.", "Off duty {p} is busy with {v}.",
+            "Query: what is the hobby of {p}? Reply: {v}."]),
     },
 }
 WORLD = {"harbour": HARBOUR, "orbit": ORBIT}
@@ -104,10 +100,9 @@ def people(domain, seed=SEED):
     rng, words = random.Random(f"{seed} {domain}"), WORLD[domain]
     names = rng.sample([f"{first} {family}" for first in words["first"] for family in words["family"]],
                        PEOPLE + UNKNOWN)
-    everyone = [(name, {kind: rng.choice(values) for kind,
-                        (values, _) in words["facts"].items()}) for name in names]
-    return {"shown": everyone[:PEOPLE // 2], "heldout": everyone[PEOPLE // 2:PEOPLE],
-            "unknown": everyone[PEOPLE:]}
+    facts = lambda: {kind: rng.choice(values) for kind, (values, _) in words["facts"].items()}
+    everyone, half = [(name, facts()) for name in names], PEOPLE // 2
+    return {"shown": everyone[:half], "heldout": everyone[half:PEOPLE], "unknown": everyone[PEOPLE:]}
 
 
 def text(split, seed=SEED, domain=None):
@@ -129,51 +124,51 @@ def text(split, seed=SEED, domain=None):
     return sentences
 
 
-def tasks(seed=SEED):
-    """Every fact as a question over all values of its attribute, shuffled: the first n are a fair sample.
-
-    -> {"toy_recall": held-out half, "toy_shown": shown half, "toy_unknown": unknown people}; rows have the
-    keys id, context, choices, answer, domain.
-    """
-    rows = {"toy_recall": [], "toy_shown": [], "toy_unknown": []}
-    for domain in DOMAINS:
-        for split, task in (("heldout", "toy_recall"), ("shown", "toy_shown"), ("unknown", "toy_unknown")):
-            for person, facts in people(domain, seed)[split]:
-                for kind, (values, phrasings) in WORLD[domain]["facts"].items():
-                    context = phrasings[-1].format(p=person, v="").rstrip(" .")
-                    rows[task].append({"id": f"{person}/{kind}", "context": context, "choices": values,
-                                       "answer": values.index(facts[kind]), "domain": domain})
-    for name, items in rows.items():
-        random.Random(f"{seed} {name}").shuffle(items)
+def questions(domain, split, seed):
+    """Every fact of some people as a question over all values of its attribute. -> list of rows."""
+    rows = []
+    for person, facts in people(domain, seed)[split]:
+        for kind, (values, phrasings) in WORLD[domain]["facts"].items():
+            context = phrasings[-1].format(p=person, v="").rstrip(" .")
+            rows.append({"id": f"{person}/{kind}", "context": context, "choices": values,
+                         "answer": values.index(facts[kind]), "domain": domain})
     return rows
+
+
+def tasks(seed=SEED):
+    """Questions about each group, shuffled: the first n are a fair sample. -> {task name: rows}.
+
+    Rows have the keys id, context, choices, answer, domain.
+    """
+    found = {}
+    for name, split in (("toy_recall", "heldout"), ("toy_shown", "shown"), ("toy_unknown", "unknown")):
+        found[name] = [row for domain in DOMAINS for row in questions(domain, split, seed)]
+        random.Random(f"{seed} {name}").shuffle(found[name])
+    return found
 
 
 # --- 3. Tokenizer and model ---------------------------------------------------------------------------------
 
 def build_tokenizer():
-    """One token a word and a punctuation mark; white space, line breaks included, only separates.
-
-    No BOS is added.
-    """
+    """One token a word and a punctuation mark; white space and line breaks only separate. No BOS is added."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    split = pre_tokenizers.Whitespace()
-    phrasings = [p.format(p="", v="") for words in WORLD.values() for _,
-                 forms in words["facts"].values() for p in forms]
-    values = [v for words in WORLD.values() for values, _ in words["facts"].values() for v in values]
-    names = [n for words in WORLD.values() for n in words["first"] + words["family"]]
-    words = sorted({word for line in phrasings + values + names for word, _ in split.pre_tokenize_str(line)})
+    split, texts = pre_tokenizers.Whitespace(), []
+    for words in WORLD.values():
+        texts += words["first"] + words["family"]
+        for values, phrasings in words["facts"].values():
+            texts += values + [phrasing.format(p="", v="") for phrasing in phrasings]
+    words = sorted({word for line in texts for word, _ in split.pre_tokenize_str(line)})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>"] + words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>",
-                                   bos_token="<s>",
-                                   eos_token="</s>", model_max_length=512, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        model_max_length=512, clean_up_tokenization_spaces=False)
 
 
 def build_model(vocabulary, width=64, layers=4, seed=SEED):
     """A fresh LlamaForCausalLM with heads of 16. Its size is the *load* dial: facts per parameter."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
@@ -184,7 +179,6 @@ def build_model(vocabulary, width=64, layers=4, seed=SEED):
 
 def training_rows(tokenizer, seed=SEED):
     """Endless rows of 64 tokens that begin at a sentence; every pass sees each one once, in a new order."""
-    import torch
     sentences = tokenizer(text("train", seed))["input_ids"]
     rng = random.Random(seed)
     while True:
@@ -198,11 +192,7 @@ def training_rows(tokenizer, seed=SEED):
 
 
 def train(model, tokenizer, steps=2000, batch_size=48, lr=3e-3, seed=SEED):
-    """AdamW, one-cycle learning rate, next-token loss on whole sentences.
-
-    Returns the last loss (nats per token).
-    """
-    import torch
+    """AdamW, one-cycle learning rate, next-token loss on whole sentences. -> last loss (nats per token)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     rows, bar = training_rows(tokenizer, seed), progress(range(steps), desc="train the toy model")

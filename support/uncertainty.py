@@ -3,14 +3,12 @@
     python evaluate.py --compare runs/A/results.json runs/B/results.json
 
 Two models that answered the same questions are compared question by question, which sees differences that two
-separate intervals hide. Items live in items.json:
-{row: {"loss" or task: {"data": digest, "values": [...]}}}.
+separate intervals hide. items.json: {row: {"loss" or task: {"data": digest, "values": [...]}}}.
 
-  an accuracy              Wilson's score interval: also right when all answers are right, or few were asked
-  a mean over chunks,      Student's t interval (perplexity: exp of the interval of the mean loss)
-    or over seeds
-  two accuracies           exact McNemar test; Bonett and Price's interval of the difference
-  two perplexities         sign-flip test of the paired differences of the loss; their t interval
+  an accuracy                         Wilson's score interval: also right at 0 or 100 %, or from few questions
+  a mean over chunks, or over seeds   Student's t interval (perplexity: exp of the interval of the mean loss)
+  two accuracies                      exact McNemar test; Bonett and Price's interval of the difference
+  two perplexities                    sign-flip test of paired differences of the loss; their t interval
 
 None of them is a bootstrap: from five right answers that draws only right answers, and claims [100 %, 100 %].
 """
@@ -22,7 +20,8 @@ import statistics
 import torch
 
 from support.cli import UserError
-from support.files import BOOL, STRING, Fields, number, read_json
+from support.files import BOOL, STRING, list_of, number, read_fields
+from support.tables import markdown
 
 Z = 1.959964                               # 97.5 % of the normal distribution lies below
 FEW = 6                                    # with fewer items neither test below can reach 5 %
@@ -198,10 +197,10 @@ def holm(ps):
 # --- 3. Two results.json ----------------------------------------------------------------------------------
 
 def compare(path_a, path_b):
-    """Every pair of rows of two results.json (items.json beside them) on what both measured. -> Markdown.
+    """Every pair of rows of two results.json (items.json beside them) on what both measured. -> lines.
 
     Below the table: what so many tests mean, and what cannot be paired. The same file twice compares its own
-    rows. -> list of lines. Raises UserError when nothing can be paired.
+    rows. Raises UserError when nothing can be paired.
     """
     A, B = read_run(path_a), read_run(path_b)
     pairs = [(a, b) for a in A for b in B]
@@ -219,9 +218,9 @@ def compare(path_a, path_b):
     if not tests:
         reasons = list(dict.fromkeys(notes))
         raise UserError(f"--compare {path_a} {path_b}: no two rows share items; " + "; ".join(reasons[:2]))
-    head = "| A | B | on | n | A | B | B - A | 95 % of the difference | p | real at 5 % |"
-    lines = [head, "|" + "---|" * 10, *(line_of(test) for test in tests), "", together(tests)]
-    return lines + [f"Not compared: {note}" for note in dict.fromkeys(notes)]
+    head = ["A", "B", "on", "n", "A", "B", "B - A", "95 % of the difference", "p", "real at 5 %"]
+    return [*markdown(head, map(cells_of, tests)).split("\n"), "", together(tests)] + [
+        f"Not compared: {note}" for note in dict.fromkeys(notes)]
 
 
 def why_not(name, a, b, x, y):
@@ -245,20 +244,19 @@ def paired_test(name, x, y):
     if name == "loss":
         difference = [round(b - a, 5) for a, b in zip(x, y)]
         values = [math.exp(statistics.fmean(losses)) for losses in (x, y)]
-        ci95 = mean_ci95(difference) if n >= FEW else None
-        return {"on": "ppl (log difference)", "n": n, "values": values,
-                "difference": statistics.fmean(difference), "ci95": ci95, "p": sign_flip(difference)}
+        return {"on": "ppl (log difference)", "n": n, "values": values, "p": sign_flip(difference),
+                "difference": statistics.fmean(difference),
+                "ci95": mean_ci95(difference) if n >= FEW else None}
     values = [sum(map(bool, correct)) / n for correct in (x, y)]
     return {"on": name, "n": n, "values": values, "difference": values[1] - values[0],
             "ci95": paired_interval(x, y), "p": mcnemar(x, y)}
 
 
-def line_of(test):
-    """One test as a line of the table."""
+def cells_of(test):
+    """One test as a row of the table."""
     interval = "too few" if test["ci95"] is None else "{:+.3f} .. {:+.3f}".format(*test["ci95"])
-    cells = [test["a"], test["b"], test["on"], str(test["n"]), *(f"{value:.3f}" for value in test["values"]),
-             f"{test['difference']:+.3f}", interval, f"{test['p']:.3g}", verdict(test["p"], test["n"])]
-    return "| " + " | ".join(cells) + " |"
+    return [test["a"], test["b"], test["on"], test["n"], *(f"{value:.3f}" for value in test["values"]),
+            f"{test['difference']:+.3f}", interval, f"{test['p']:.3g}", verdict(test["p"], test["n"])]
 
 
 def together(tests):
@@ -271,22 +269,21 @@ def together(tests):
 
 
 def read_run(path):
-    """{row name: items} of a results.json, from the items.json beside it. Raises UserError for anything
-    else.
-    """
-    items = pathlib.Path(path).with_name("items.json")
-    if not pathlib.Path(path).is_file() or not items.is_file():
-        raise UserError(f"--compare {path}: needs results.json and items.json beside it, as recover.py --out and "
-                        "evaluate.py --out write them")
-    run = read_json(items, "--compare")
-    for row, measured in run.items():
-        for name in Fields(run, items, "--compare").within(row).obj:
-            entry = Fields(measured, items, "--compare").within(name)
+    """{row name: items} of a results.json, from the items.json beside it. Raises UserError."""
+    results = pathlib.Path(path)
+    items = results.with_name("items.json")
+    if not results.is_file() or not items.is_file():
+        raise UserError(f"--compare {path}: needs results.json and items.json beside it, as recover.py --out "
+                        "and evaluate.py --out write them")
+    run = read_fields(items, "--compare")
+    for row in run.obj:
+        measured = run.within(row)
+        for name in measured.obj:
+            entry = measured.within(name)
             entry("data", STRING)
             entry("values", LOSSES if name == "loss" else ANSWERS)
-    return run
+    return run.obj
 
 
-LOSS = number(0, 1e4)
-LOSSES = (lambda value: isinstance(value, list) and all(map(LOSS[0], value)), "a list of losses, in nats")
-ANSWERS = (lambda value: isinstance(value, list) and all(map(BOOL[0], value)), "a list of true and false")
+LOSSES = (list_of(number(0, 1e4))[0], "a list of losses, in nats")
+ANSWERS = (list_of(BOOL)[0], "a list of true and false")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from support.architectures import ARCHS
 from support.cli import FLAGS, SWITCH, UserError, check_limits, flag_of
 from support.files import (
-    OBJECT, STRING, Fields, Tensors, list_of, number, one_of, or_null, read_json, whole_number)
+    OBJECT, STRING, Tensors, list_of, number, one_of, or_null, read_fields, whole_number)
 
 
 # --- 1. transformers, called safely -------------------------------------------------------------------------
@@ -40,8 +40,6 @@ def from_pretrained(kind, source, name, **extra):
 
 
 # --- 2. A folder, looked at before transformers does --------------------------------------------------------
-# What transformers reads of a stranger's folder may be of any type and size: it would hang, fill the memory,
-# or take random numbers for what is missing.
 
 LAYERS = ("num_hidden_layers", "n_layer")
 WIDTHS = ("hidden_size", "n_embd")
@@ -57,11 +55,8 @@ COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$"
 
 
 def check_folder(path, name):
-    """Check what a model's folder says of itself. -> its compression.json, {} if there is none.
-
-    Raises UserError.
-    """
-    config = Fields(read_json(path / "config.json", "--model"), path / "config.json", "--model")
+    """Check what a model's folder says of itself. -> its compression.json, or {}. Raises UserError."""
+    config = read_fields(path / "config.json", "--model")
     check_config(config, name)
     if (path / "adapter_config.json").exists():  # transformers would load the base that it names instead
         raise UserError(f"--model {name}: holds an adapter (adapter_config.json); give the model that it was "
@@ -71,30 +66,33 @@ def check_folder(path, name):
                         "into it")
     for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         if (path / file).exists():
-            check_special(read_json(path / file, "--model"), path / file)
-    check_index(path)
-    check_weights(path, config)
-    ours, packed = path / "compression.json", (path / "packed.safetensors").exists()
-    if not ours.exists() and (packed or (path / "compression.grids").exists()):
+            check_special(read_fields(path / file, "--model"))
+    check_index(path / "model.safetensors.index.json")
+    packed = (path / "packed.safetensors").exists()
+    check_weights(path, config, packed)
+    if (path / "compression.json").exists():
+        return read_compression(path / "compression.json")
+    if packed or (path / "compression.grids").exists():
         raise UserError(f"--model {name}: was written by compress.py and has no compression.json; write it "
                         "again")
-    return read_compression(ours) if ours.exists() else {}
+    return {}
 
 
 def check_config(config, name):
     """Refuse sizes that no model has, and heads that do not share out the width. config: of config.json."""
     config("model_type", one_of(*ARCHS))
+    given = {key: value for key, value in config.obj.items() if value is not None}
     for key in LAYERS:
         config(key, whole_number(1, 1000), None)
     for key in SIZES:
-        if config.obj.get(key) is not None:
+        if key in given:
             config(key, whole_number(1, 10**7))
-    if config.obj.get("quantization_config") is not None:
+    if "quantization_config" in given:
         raise UserError(f"--model {name}: is stored quantized by another tool (quantization_config); give "
                         "its dense original")
-    first = lambda keys: next((config.obj[key] for key in keys if config.obj.get(key) is not None), None)
-    width, heads, groups = first(WIDTHS), first(HEADS), config.obj.get("num_key_value_heads")
-    if width and heads and config.obj.get("head_dim") is None and width % heads:
+    width, heads = (next((given[key] for key in keys if key in given), None) for keys in (WIDTHS, HEADS))
+    groups = given.get("num_key_value_heads")
+    if width and heads and "head_dim" not in given and width % heads:
         raise UserError(f"{config.where}: {heads} attention heads do not share out a width of {width}; give "
                         "the config.json that belongs to the weights")
     if heads and groups and heads % groups:
@@ -102,25 +100,19 @@ def check_config(config, name):
                         "heads; give the config.json that belongs to the weights")
 
 
-def check_special(obj, path):
-    """Refuse special tokens that are no token. obj: the JSON object of a file."""
-    fields, token = Fields(obj, path, "--model"), or_null(whole_number(-1, 10**7))
+def check_special(fields):
+    """Refuse special tokens that are no token."""
     for key in SPECIAL:
-        if not isinstance(obj.get(key), list):
-            fields(key, token, None)
-        else:
-            fields(key, list_of(whole_number(0, 10**7)))
+        several = isinstance(fields.obj.get(key), list)
+        fields(key, list_of(whole_number(0, 10**7)) if several else or_null(whole_number(-1, 10**7)))
 
 
-def check_index(path):
+def check_index(index):
     """Refuse an index of shards that names a file which is not in the folder."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    shards = Fields(read_json(index, "--model"), index, "--model")("weight_map", OBJECT)
+    shards = read_fields(index, "--model")("weight_map", OBJECT) if index.exists() else {}
     for shard in shards.values():
         inside = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
-        if not inside or not (path / shard).is_file():
+        if not inside or not (index.parent / shard).is_file():
             raise UserError(f"--model {index}: names a file {str(shard)[:80]} that is not in the folder; "
                             "download it again")
 
@@ -134,11 +126,11 @@ def tensors_in(path):
     return found
 
 
-def check_weights(path, config):
+def check_weights(path, config, packed):
     """Refuse weights that are not floating point, and more layers than tensors. config: of config.json."""
     found = tensors_in(path)
-    for name, (_, kind) in {} if (path / "packed.safetensors").exists() else found.items():
-        if kind not in FLOATS and not COMPUTED.search(name):
+    for name, (_, kind) in found.items():
+        if kind not in FLOATS and not packed and not COMPUTED.search(name):
             raise UserError(f"--model {path}: {name} holds {kind}, and weights must be floating point; give "
                             "the dense original")
     layers = max(config.obj.get(key) or 1 for key in LAYERS)
@@ -147,22 +139,23 @@ def check_weights(path, config):
                         "tensors; give the config.json that belongs to the weights")
 
 
+REPORT = {  # what compression.json holds, and what it may be
+    "compressor": STRING, "base_model": STRING, "weight_bytes": whole_number(1, 2**50),
+    "mean_error": number(0, 1e6), "calibration": OBJECT, "settings": OBJECT,
+    "layers": (lambda value: isinstance(value, dict) and len(value) > 0
+               and all(isinstance(row, dict) for row in value.values()), "an object, a layer a key")}
+
+
 def read_compression(path):
     """compression.json, checked. -> dict. Raises UserError."""
-    obj = read_json(path, "--model")
-    fields = Fields(obj, path, "--model")
-    fields("compressor", STRING)
-    fields("base_model", STRING)
-    fields("weight_bytes", whole_number(1, 2**50))
-    fields("mean_error", number(0, 1e6))
-    fields("layers", (lambda value: isinstance(value, dict) and len(value) > 0
-                      and all(isinstance(row, dict) for row in value.values()), "an object, a layer a key"))
-    calibration = fields.within("calibration")
-    calibration("nsamples", whole_number(1, 10**7))
-    calibration("seqlen", whole_number(1, 10**7))
-    for key, value in fields("settings", OBJECT).items():
+    fields = read_fields(path, "--model")
+    for key, rule in REPORT.items():
+        fields(key, rule)
+    for key in ("nsamples", "seqlen"):
+        fields.within("calibration")(key, whole_number(1, 10**7))
+    for key, value in fields.obj["settings"].items():
         check_setting(key, value, path)
-    return obj
+    return fields.obj
 
 
 def check_setting(key, value, path):
@@ -214,9 +207,8 @@ def check_report(report, name):
 
 
 def fill(empty, weights, dtype, folder):
-    """A model out of a dict of tensors. empty: its skeleton; weights: {name: tensor in dtype}.
+    """A model on the CPU out of its skeleton and {name: tensor in dtype}.
 
-    -> model on the CPU.
     transformers does it, as for any folder: tied weights, and what is computed rather than stored.
     """
     model, report = from_pretrained(type(empty), None, folder, config=empty.config, state_dict=weights,
