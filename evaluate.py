@@ -16,14 +16,14 @@ Definitions, since several are in use:
               scored (--eval-context), for every row alike: an IDP model chooses its prompt by it, and may not
               choose by what it is scored on. --eval-context 0 scores all that follow another, which is GPTQ's
               perplexity. Not comparable with word_ppl.
-  word_ppl    the standard harness's word perplexity (--word-ppl): each document apart, each token predicted once from as
-              much context as the model takes; exp of the loss per word of the text.
-  acc         argmax over choices of log p(" " + choice | context), summed over tokens, as the standard harness does.
+  word_ppl    the standard harness's word perplexity (--word-ppl): each document apart, each token predicted
+              once from as much context as the model takes; exp of the loss per word of the text.
+  acc         argmax over choices of log p(" " + choice | context), summed over tokens, as the harness does.
   acc_norm    the same, divided by the number of characters of the choice.
-  open        a question (its last line is one word and a colon, as "Answer:"): the greedy completion's first line, or that
-              line up to its first full stop or comma, normalised, equals an alias. Any other text is to be
-              continued: an alias is the greedy continuation, as LAMBADA is scored. Greedy means greedy: of a
-              model's generation_config only the special tokens count.
+  open        a question (its last line is one word and a colon, as "Answer:"): the greedy completion's first
+              line, or that line up to its first full stop or comma, normalised, equals an alias. Any other
+              text is to be continued: an alias is the greedy continuation, as LAMBADA is scored. Greedy means
+              greedy: of a model's generation_config only the special tokens count.
 """
 import contextlib
 import math
@@ -99,9 +99,7 @@ def perplexity(model, ids, seqlen, batch_size=8, limit=None, context=0):
 # --- 2. Tasks -----------------------------------------------------------------------------------------------
 
 def choice_pairs(row):
-    """(context, continuation) of every choice. WinoGrande's rows put the option into the context (partial
-    scoring).
-    """
+    """(context, continuation) of every choice. WinoGrande's options go into the context (partial scoring)."""
     if "suffix" in row:
         return [(f"{row['context']} {option}".strip(), " " + row["suffix"]) for option in row["options"]]
     return [(row["context"], " " + choice) for choice in row["choices"]]
@@ -116,8 +114,9 @@ def multiple_choice(model, tokenizer, rows, batch_size=16, max_length=None):
     logp = [[score for score, _ in row] for row in scores]
     best = lambda values: max(range(len(values)), key=values.__getitem__)
     correct = [best(scores) == row["answer"] for scores, row in zip(logp, rows)]
-    correct_norm = [best([s / max(1, len(choice)) for s, choice in zip(scores, row["choices"])]) == row["answer"]
-                    for scores, row in zip(logp, rows)]
+    per_character = [[s / max(1, len(choice)) for s, choice in zip(scores, row["choices"])]
+                     for scores, row in zip(logp, rows)]
+    correct_norm = [best(scores) == row["answer"] for scores, row in zip(per_character, rows)]
     norm = accuracy(correct_norm)
     return {**accuracy(correct), "acc_norm": norm["acc"], "acc_norm_ci95": norm["ci95"],
             "correct": correct, "correct_norm": correct_norm, "logp": logp}
@@ -159,27 +158,29 @@ def open_answer(model, tokenizer, rows, batch_size=16, max_length=None, new_toke
     correct, asked = [False] * len(rows), [is_question(row) for row in rows]
     going_on = [i for i, question in enumerate(asked) if not question]
     pairs = [[(rows[i]["context"], " " + alias) for alias in aliases_of(rows[i])] for i in going_on]
-    for i, scores in zip(going_on, scores_of_pairs(model, tokenizer, pairs, batch_size, max_length, "last words")):
+    scored = scores_of_pairs(model, tokenizer, pairs, batch_size, max_length, "last words")
+    for i, scores in zip(going_on, scored):
         correct[i] = any(greedy for _, greedy in scores)
     questions = [i for i, question in enumerate(asked) if question]
-    texts = completions(model, tokenizer, [rows[i]["context"] for i in questions], batch_size, max_length, new_tokens)
+    contexts = [rows[i]["context"] for i in questions]
+    texts = completions(model, tokenizer, contexts, batch_size, max_length, new_tokens)
     for i, text in zip(questions, texts):
         correct[i] = answer_matches(text, aliases_of(rows[i]))
     return {**accuracy(correct), "correct": correct}
 
 
 def completions(model, tokenizer, contexts, batch_size=16, max_length=None, new_tokens=16):
-    """Greedy completions of texts, cut from the left where they leave no room for new_tokens. -> list of
-    str.
-    """
+    """Greedy completions of texts, cut from the left to leave room for new_tokens. -> list of str."""
     limit = max(1, (max_length or room(model)) - new_tokens)
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     encoded = [encode(tokenizer, text)[-limit:] or [first_token(tokenizer)] for text in contexts]
     results, before = [None] * len(contexts), model.generation_config
     model.generation_config = only_tokens(before)
-    for part in progress(batches([(ids, [[0] * (new_tokens + 1)]) for ids in encoded], batch_size, limit + new_tokens), desc="answers"):
+    groups = [(ids, [[0] * (new_tokens + 1)]) for ids in encoded]          # as long as they will become
+    for part in progress(batches(groups, batch_size, limit + new_tokens), desc="answers"):
         ids, mask = pad([encoded[i] for i in part], fill, left=True, device=model.device)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=fill)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
+                             pad_token_id=fill)
         for i, text in zip(part, tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)):
             results[i] = text
     model.generation_config = before
@@ -192,7 +193,8 @@ def evaluate_task(model, tokenizer, rows, batch_size=16, max_length=None):
     return score(model, tokenizer, rows, batch_size, max_length)
 
 
-def evaluate_model(model, tokenizer, eval_ids, tasks, seqlen, batch_size=16, limit=None, prompt_columns=0, context=None):
+def evaluate_model(model, tokenizer, eval_ids, tasks, seqlen, batch_size=16, limit=None, prompt_columns=0,
+                   context=None):
     """Everything about one model. tasks: {name: rows}; prompt_columns: positions that a prompt takes;
     context: tokens of a chunk that are read and not scored, a quarter when None.
 
@@ -204,7 +206,8 @@ def evaluate_model(model, tokenizer, eval_ids, tasks, seqlen, batch_size=16, lim
     losses = chunk_losses(model, eval_ids, seqlen, max(1, batch_size // 2), limit, context)
     result = {"ppl": math.exp(losses.mean()), "ppl_ci95": perplexity_ci95(losses.tolist()),
               "ppl_seqlen": seqlen, "ppl_context": context, "ppl_chunks": len(losses), "tasks": {},
-              "items": {"loss": {"data": digest([seqlen, context, eval_ids.tolist()]), "values": losses.tolist()}}}
+              "items": {"loss": {"data": digest([seqlen, context, eval_ids.tolist()]),
+                                 "values": losses.tolist()}}}
     for name, rows in tasks.items():
         scores = evaluate_task(model, tokenizer, rows, batch_size, room(model, prompt_columns))
         result["items"][name] = {"data": digest(rows), "values": scores["correct"]}
@@ -234,7 +237,8 @@ def row_cells(row, word_ppl):
         cells.append(f"{row['word_ppl']:.2f}")
     for task in row["tasks"].values():
         cells.append(f"{100 * task['acc']:.1f} {shown(task['ci95'], lambda end: f'{100 * end:.1f}')}")
-    return cells + [f"{row['trainable_params']:,}", f"{row['extra_bytes']:,}", f"{row['weight_bytes'] / 1e6:.3g}"]
+    return cells + [f"{row['trainable_params']:,}", f"{row['extra_bytes']:,}",
+                    f"{row['weight_bytes'] / 1e6:.3g}"]
 
 
 def format_table(rows):
@@ -242,18 +246,18 @@ def format_table(rows):
     first = rows[0]
     head = ["row", f"ppl (chunks of {first['ppl_seqlen']})"] + ["word ppl"] * ("word_ppl" in first)
     head += [f"{name} %" for name in first["tasks"]] + ["trainable", "extra bytes", "weights MB"]
-    counts = [f"{first['ppl_chunks']} chunks, the first {first['ppl_context']} tokens of each read and not scored"]
+    counts = [f"{first['ppl_chunks']} chunks, the first {first['ppl_context']} tokens of each read and not "
+              "scored"]
     counts += [f"{name} {task['n']}" for name, task in first["tasks"].items()]
-    return markdown(head, [row_cells(row, "word_ppl" in first) for row in rows]) + f"\n\nn: {', '.join(counts)}; [95 % intervals]"
+    table = markdown(head, [row_cells(row, "word_ppl" in first) for row in rows])
+    return table + f"\n\nn: {', '.join(counts)}; [95 % intervals]"
 
 
 def result_files(command, settings, device, seconds, rows, recipe):
-    """{name: text} of a run: items.json (what each chunk and question gave), results.md, and last
-    results.json.
-    """
+    """{name: text} of a run: items.json (each chunk and question), results.md, last results.json."""
     kept = [{key: value for key, value in row.items() if key != "items"} for row in rows]
-    return {"items.json": json_text({row["row"]: row["items"] for row in rows}), "results.md": format_table(rows) + "\n",
-            "results.json": json_text({
+    return {"items.json": json_text({row["row"]: row["items"] for row in rows}),
+            "results.md": format_table(rows) + "\n", "results.json": json_text({
                 "command": command, "settings": settings, "recipe": recipe, "versions": versions(),
                 "device": device_name(device), "seconds": round(seconds, 1), "rows": kept})}
 
@@ -265,13 +269,14 @@ def command_line():
 
 # --- 4. The command -----------------------------------------------------------------------------------------
 
-TAKES = ["model", "device", "dtype", "seed", "text", "tasks", "limit", "adapter", "eval_text", "eval_seqlen", "eval_context",
-         "batch_size", "word_ppl", "out"]
+TAKES = ["model", "device", "dtype", "seed", "text", "tasks", "limit", "adapter", "eval_text", "eval_seqlen",
+         "eval_context", "batch_size", "word_ppl", "out"]
 
 
 def compare_flag(parser):
     """The one flag that makes this script another job."""
-    parser.add_argument("--compare", nargs=2, metavar="RESULTS", help="two results.json, or one twice: which differences are real")
+    parser.add_argument("--compare", nargs=2, metavar="RESULTS",
+                        help="two results.json, or one twice: which differences are real")
 
 
 def parse(argv=None):
@@ -291,7 +296,8 @@ def check_context(args):
     """Fill in --eval-context. Raises UserError when nothing of a chunk is left to score."""
     args.eval_context = args.eval_seqlen // 4 if args.eval_context is None else args.eval_context
     if args.eval_context >= args.eval_seqlen:
-        raise UserError(f"--eval-context {args.eval_context}: leaves nothing to score of --eval-seqlen {args.eval_seqlen}; use less")
+        raise UserError(f"--eval-context {args.eval_context}: leaves nothing to score of --eval-seqlen "
+                        f"{args.eval_seqlen}; use less")
 
 
 def main(argv=None):
@@ -329,17 +335,22 @@ def evaluate_command(args, out):
     with method.inference() if method else contextlib.nullcontext() as attached:
         columns = prompt_columns(attached)
         if columns and not args.eval_context and attached.bank.m > 1:
-            raise UserError("--eval-context 0: these prompts are chosen by the context, and there is none; use at least 1")
-        scores = evaluate_model(model, tokenizer, ids, tasks, args.eval_seqlen, args.batch_size, args.limit, columns, args.eval_context)
+            raise UserError("--eval-context 0: these prompts are chosen by the context, and there is none; "
+                            "use at least 1")
+        scores = evaluate_model(model, tokenizer, ids, tasks, args.eval_seqlen, args.batch_size, args.limit,
+                                columns, args.eval_context)
         if args.word_ppl:
             clean = detokenize if args.eval_text.startswith("wikitext2") else str
-            scores["word_ppl"] = word_perplexity(model, tokenizer, documents[:args.limit], room(model, columns), clean)
+            scores["word_ppl"] = word_perplexity(model, tokenizer, documents[:args.limit],
+                                                 room(model, columns), clean)
     size = sum(t.numel() for t in method.tensors().values()) if method else 0
-    rows = [{"row": name, **scores, "trainable_params": size, "extra_bytes": 4 * size, "weight_bytes": weight_bytes(model)}]
+    rows = [{"row": name, **scores, "trainable_params": size, "extra_bytes": 4 * size,
+             "weight_bytes": weight_bytes(model)}]
     print(format_table(rows))
     if out:
         with out.folder() as folder:
-            files = result_files(command_line(), vars(args), device, time.time() - start, rows, recipe_of(model))
+            files = result_files(command_line(), vars(args), device, time.time() - start, rows,
+                                 recipe_of(model))
             for file, text in files.items():
                 (folder / file).write_text(text, encoding="utf-8", errors="backslashreplace")
 

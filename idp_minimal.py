@@ -80,7 +80,8 @@ class PromptBank:
         """
         embedding, shapes = model.get_input_embeddings().weight, [tuple(P.shape) for P in prompts]
         if not prompts or any(len(x) != 2 or x[0] < 1 or x[1] != embedding.shape[1] for x in shapes):
-            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {embedding.shape[1]}), got {shapes}")
+            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {embedding.shape[1]}), got "
+                             f"{shapes}")
         if not all(P.to(embedding).isfinite().all() for P in prompts):
             raise ValueError(f"prompts must be finite numbers in the model's {embedding.dtype}")
         N = max(len(P) for P in prompts)
@@ -325,8 +326,8 @@ class IDP:
             raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one off")
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
         if any(limit and self.bank.N + past + T > limit for limit in limits):
-            raise ValueError(f"{self.bank.N} prompt tokens + {past + T} input tokens exceed the model's limit "
-                             f"of {min(filter(None, limits))} positions: shorten the input or the prompts")
+            raise ValueError(f"{self.bank.N} prompt tokens + {past + T} input tokens exceed the model's "
+                             f"limit of {min(filter(None, limits))} positions: shorten either")
 
     def generate(self, model, plain, args, kwargs):
         """model.generate within the block: refuse what cannot be right, note the input, go on."""
@@ -420,7 +421,7 @@ def reference_attention(module, query, key, value, mask, scaling=None, reference
     future = torch.ones(T, T, dtype=torch.bool, device=query.device).triu(1)
     own = (query[0] @ repeat(key).transpose(1, 2)).float().mul(scaling).masked_fill(future, -torch.inf)
     logits = [(query[0] @ repeat(cache[i][0]).transpose(1, 2)).float() * scaling
-              for cache in reference.caches]                                                   # m x (h, T, n_k)
+              for cache in reference.caches]                                                # m x (h, T, n_k)
     A = logits
     if reference.scores == "probabilities":
         sizes = [part.shape[2] for part in logits]

@@ -8,8 +8,8 @@ is small:
     idp      m soft prompts, learnt apart; each input chooses one; with each alone, and concatenated [Tab. 3]
     lora     W + (alpha / r) B A on some linear layers                    (Hu et al. 2021)
 
-    python recover.py --method idp                                       # toy model, CPU, no network, under a minute
-    python recover.py --method prompt,prefix,idp,lora --out runs/toy     # several in one table, one compression
+    python recover.py --method idp                                 # toy model, CPU, no network, a minute
+    python recover.py --method prompt,prefix,idp,lora --out runs/toy   # several in one table
     python recover.py --method lora --model facebook/opt-125m --compressor gptq --bits 3 --out runs/lora
     python recover.py --method prompt --model runs/compressed            # a folder that compress.py wrote
 
@@ -26,23 +26,21 @@ import time
 
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
-from transformers import Cache
 
 import compress
 import evaluate
 from idp_minimal import SELECTORS
-from methods.losses import NoCache
 from methods.lora import LoRALinear                        # noqa: F401, courses take LoRALinear from here
+from methods.recompute import checkpointed_blocks
 from methods.registry import METHODS, load_adapter         # noqa: F401
 from methods.rounding import Grid
 from support import packing
+from support.architectures import check_room, pick_device
 from support.cli import Kept, UserError, flag_of, parse_flags, progress, refuse_given, run, say
 from support.data import check_text, load_tasks, load_text
 from support.files import Fields, Tensors, number, or_null, parse_json, whole_number
-from support.output import claim
-from support.architectures import blocks_of, check_room, pick_device
 from support.models import load_model
+from support.output import claim
 from support.recipe import difference, digest, recipe_of
 
 
@@ -60,53 +58,9 @@ def batch_at(ids, step, batch_size, seqlen, seed):
 
 
 def learning_rate(step, steps, peak, warmup=0.1):
-    """Linear warm-up over the first tenth of the steps, then linear decay to zero. NOT IN PAPER: the
-    schedule.
-    """
+    """Linear warm-up over a tenth of the steps, then linear decay to 0. NOT IN PAPER: the schedule."""
     ramp = max(1, round(warmup * steps))
     return peak * min((step + 1) / ramp, (steps - step) / max(1, steps - ramp))
-
-
-@contextlib.contextmanager
-def as_it_was(cache, i, held):
-    """Layer i of the cache as before its block ran: or running again would append twice. And so again
-    afterwards: or the cache would keep alive what was recomputed."""
-    layer = cache.layers[i]
-    layer.keys, layer.values = held
-    try:
-        yield
-    finally:
-        layer.keys, layer.values = held
-
-
-def recomputed(forward, i):
-    """The forward of block i, to be run again in the backward pass."""
-    def run(*args, **kwargs):
-        """The block's own arguments and result."""
-        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-        if cache is None or isinstance(cache, NoCache):
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        empty = (torch.tensor([], dtype=args[0].dtype, device=args[0].device),) * 2
-        held = (cache.layers[i].keys, cache.layers[i].values) if i < len(cache.layers) else empty
-        contexts = lambda: (contextlib.nullcontext(), as_it_was(cache, i, held))               # of the first run, of the second
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-    return run
-
-
-@contextlib.contextmanager
-def checkpointed_blocks(model, enabled):
-    """Recompute each block in the backward pass instead of storing its activations.
-
-    Ours rather than transformers' switch, which only acts in training mode, and that would turn dropout on.
-    """
-    blocks = blocks_of(model) if enabled else []
-    for i, block in enumerate(blocks):
-        block.forward = recomputed(block.forward, i)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward                              # the class's own forward shows again
 
 
 def snapshot(method):
@@ -138,7 +92,7 @@ def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, chec
     first, loss = saved.restore(method, optimizer) if saved and resume else (0, None)
     good, start = snapshot(method), time.time()
     with method.training(), checkpointed_blocks(method.model, checkpointing):
-        bar = progress(range(first, steps), initial=first, total=steps, desc="train", disable=quiet, unit="step")
+        bar = progress(range(first, steps), initial=first, total=steps, desc="train", disable=quiet)
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
@@ -148,7 +102,7 @@ def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, chec
             if step % 10 == 9 or step == steps - 1:    # reading the loss waits for the GPU: not at every step
                 loss = read_loss(method, total, good, lr, step)
                 good = snapshot(method)
-                bar.set_postfix(loss=f"{loss:.3f}", tok_s=int((step + 1 - first) * rows.numel() / (time.time() - start)), refresh=False)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if saved and ((step + 1) % save_every == 0 or step == steps - 1):
                 saved.save(method, optimizer, step + 1, loss)
     return {"loss": loss, "seconds": time.time() - start, "tokens": steps * batch_size * seqlen}
@@ -179,23 +133,23 @@ def read_loss(method, total, good, lr, step):
     loss, finite = torch.stack([total, finite.to(total)]).tolist()
     if not math.isfinite(loss) or not finite:
         put_back(method, good)
-        raise UserError(f"--lr {lr}: the loss stopped being a number near step {step + 1}; use a smaller --lr")
+        raise UserError(f"--lr {lr}: the loss stopped being a number near step {step + 1}; use a smaller one")
     return loss
 
 
 def check_training(ids, batch_size, seqlen, accumulate):
     """Refuse what cannot train, before the first step."""
     if len(ids) < seqlen:
-        raise UserError(f"--text: has {len(ids)} tokens, fewer than one row of --train-seqlen {seqlen}; give more text")
+        raise UserError(f"--text: has {len(ids)} tokens, fewer than one row of --train-seqlen {seqlen}; give "
+                        "more text")
     if batch_size % accumulate:
         best = accumulate * max(1, batch_size // accumulate)
-        raise UserError(f"--batch-size {batch_size}: must be a multiple of --accumulate {accumulate}; use {best}")
+        raise UserError(f"--batch-size {batch_size}: must be a multiple of --accumulate {accumulate}; use "
+                        f"{best}")
 
 
 class Checkpoint:
-    """A training state on disk: trainables, both Adam moments, the step, the last loss, and the recipe of it
-    all.
-    """
+    """A training state on disk: trainables, Adam's moments, step, last loss, and the recipe of it all."""
 
     def __init__(self, out, name, recipe):
         self.out, self.name, self.recipe = out, f"checkpoint-{name}.safetensors", recipe
@@ -206,23 +160,26 @@ class Checkpoint:
         for name, tensor in method.tensors().items():
             for moment in MOMENTS:
                 state[f"{moment}.{name}"] = optimizer.state[tensor][moment]
-        self.out.tensors(self.name, state, {"training": json.dumps({"step": step, "loss": loss, "recipe": self.recipe})})
-        Kept.words = f"{self.out.path} holds a checkpoint of step {step}; go on with the same command and --resume"
+        training = {"step": step, "loss": loss, "recipe": self.recipe}
+        self.out.tensors(self.name, state, {"training": json.dumps(training)})
+        Kept.words = (f"{self.out.path} holds a checkpoint of step {step}; go on with the same command and "
+                      "--resume")
 
     def restore(self, method, optimizer):
-        """-> (the step to go on from, the last loss read); (0, None) without a checkpoint. Raises UserError:
-        other settings.
-        """
+        """-> (the step to go on from, the last loss read); (0, None) without one. Raises UserError."""
         path = self.out.path / self.name
         if not path.exists():
             return 0, None
         with Tensors(path, "--resume") as file:
-            training = Fields(parse_json(file.metadata.get("training", ""), f"--resume {path}"), path, "--resume")
+            told = parse_json(file.metadata.get("training", ""), f"--resume {path}")
+            training = Fields(told, path, "--resume")
             changed = difference(training.within("recipe").obj, self.recipe)
             if changed:
-                raise UserError(f"--resume: the run in {self.out.path} is another one: {changed}; use the same flags, or a new --out")
-            state = {f"{prefix}{name}": file.read(f"{prefix}{name}", t.shape) for name, t in method.tensors().items()
-                     for prefix in ("", *(f"{moment}." for moment in MOMENTS))}
+                raise UserError(f"--resume: the run in {self.out.path} is another one: {changed}; use the "
+                                "same flags, or a new --out")
+            prefixes = ("", *(f"{moment}." for moment in MOMENTS))
+            shapes = {f"{x}{name}": t.shape for name, t in method.tensors().items() for x in prefixes}
+            state = {name: file.read(name, shape) for name, shape in shapes.items()}
             file.exactly(state)
         step, loss = training("step", whole_number(1, 10**9)), training("loss", or_null(number(0, 1e9)))
         put_back(method, state)
@@ -237,12 +194,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")                        # Adam's, under torch
 
 # --- 2. The command -----------------------------------------------------------------------------------------
 
-METHOD_FLAGS = ("prompt_length", "prompt_lengths", "selector", "layers", "scores", "rank", "alpha", "targets", "merge")
+METHOD_FLAGS = ("prompt_length", "prompt_lengths", "selector", "layers", "scores", "rank", "alpha", "targets",
+                "merge")
 TRAINING_FLAGS = ("steps", "batch_size", "train_seqlen", "lr", "accumulate", "checkpointing")
-TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "method", *METHOD_FLAGS, *TRAINING_FLAGS, "resume",
+TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "method", *METHOD_FLAGS,
+         *TRAINING_FLAGS, "resume",
          "tasks", "limit", "eval_text", "eval_seqlen", "eval_context", "eval_chunks", "out"]
-CHOICES = {"compressor": compress.COMPRESSORS, "method": METHODS, "selector": sorted(set(SELECTORS) - {"oracle"}),
-           "layers": ["every", "first"], "scores": ["logits", "probabilities"]}
+CHOICES = {"compressor": compress.COMPRESSORS, "method": METHODS,
+           "selector": sorted(set(SELECTORS) - {"oracle"}), "layers": ["every", "first"],
+           "scores": ["logits", "probabilities"]}
 
 
 def parse(argv=None):
@@ -255,16 +215,16 @@ def parse(argv=None):
 
 
 def check_job(args):
-    """What every job that trains has in common: fill in what was left open, refuse what would be ignored or
-    cannot train.
-    """
+    """What every training job has in common: fill in what was left open, refuse what cannot be."""
     fill_evaluation(args)
     if pathlib.Path(args.model, "compression.json").exists():
-        refuse_given(args, set(compress.COMPRESSION_FLAGS), f"{args.model} is compressed already, and its own recipe counts; leave it out")
+        refuse_given(args, set(compress.COMPRESSION_FLAGS),
+                     f"{args.model} is compressed already, and its own recipe counts; leave it out")
     else:
         args.compression = compress.settings_from(args)    # raises UserError
     taken = {flag for name in args.method for flag in METHODS[name].flags}
-    refuse_given(args, set(METHOD_FLAGS) - taken, f"--method {','.join(args.method)} has no such setting; leave it out")
+    refuse_given(args, set(METHOD_FLAGS) - taken,
+                 f"--method {','.join(args.method)} has no such setting; leave it out")
     for flag, name in (("text", args.text), ("eval_text", args.eval_text)):
         check_text(name, flag_of(flag))
     check_training(range(args.train_seqlen), args.batch_size, args.train_seqlen, args.accumulate)
@@ -272,14 +232,15 @@ def check_job(args):
 
 def fill_evaluation(args):
     """Evaluation flags that follow others when they are not given."""
-    for name, other in (("eval_text", args.text), ("eval_seqlen", args.train_seqlen), ("eval_chunks", args.limit)):
+    others = {"eval_text": args.text, "eval_seqlen": args.train_seqlen, "eval_chunks": args.limit}
+    for name, other in others.items():
         if getattr(args, name) is None:
             setattr(args, name, other)
     evaluate.check_context(args)
 
 
 def longest_prompt(args):
-    """The positions that the longest prompt of the run takes (all in a row, for idp), so that every row has equal room."""
+    """Positions of the longest prompt of the run (all in a row, for idp): every row gets the same room."""
     flags = {flag for name in args.method for flag in METHODS[name].flags if flag.startswith("prompt_length")}
     values = [getattr(args, flag) for flag in flags]
     return max((sum(value) if isinstance(value, list) else value for value in values), default=0)
@@ -300,9 +261,7 @@ class Run:
         self.eval_ids = evaluate.load_scored_text(args.eval_text, self.tokenizer)
 
     def check_model(self):
-        """Refuse, before text is read and anything is measured, what this model has no room for or no layer
-        of.
-        """
+        """Refuse, before any text is read, what this model has no room for or no layer of."""
         args = self.args
         check_room(self.model, "--train-seqlen", args.train_seqlen, self.columns)
         check_room(self.model, "--eval-seqlen", args.eval_seqlen, self.columns)
@@ -314,17 +273,17 @@ class Run:
                 METHODS[name].build(self.model, **METHODS[name].settings(args))
 
     def measure(self, name, weight_bytes, method=None, **extra):
-        """Evaluate the model, with a method applied or as it is, append one row and say its scores at
-        once.
-        """
+        """Evaluate the model, under a method or as it is; append one row and say its scores."""
         args = self.args
         with method.inference() if method else contextlib.nullcontext():
-            scores = evaluate.evaluate_model(self.model, self.tokenizer, self.eval_ids, self.tasks, args.eval_seqlen,
-                                             limit=args.eval_chunks, prompt_columns=self.columns, context=args.eval_context)
+            scores = evaluate.evaluate_model(
+                self.model, self.tokenizer, self.eval_ids, self.tasks, args.eval_seqlen,
+                limit=args.eval_chunks, prompt_columns=self.columns, context=args.eval_context)
         sizes = [t.numel() for t in method.tensors().values()] if method else []
-        self.rows.append({"row": name, **scores, "trainable_params": sum(sizes), "extra_bytes": 4 * sum(sizes),
-                          "weight_bytes": weight_bytes, **extra})
-        shown = [f"ppl {scores['ppl']:.2f}", *(f"{task} {100 * score['acc']:.1f} %" for task, score in scores["tasks"].items())]
+        self.rows.append({"row": name, **scores, "trainable_params": sum(sizes),
+                          "extra_bytes": 4 * sum(sizes), "weight_bytes": weight_bytes, **extra})
+        shown = [f"ppl {scores['ppl']:.2f}"]
+        shown += [f"{task} {100 * score['acc']:.1f} %" for task, score in scores["tasks"].items()]
         say(name, f"{', '.join(shown)} (after {time.time() - self.start:.0f} s)")
 
     def compress(self):
@@ -337,7 +296,8 @@ class Run:
         name, settings = self.args.compression
         ids = compress.calibration_ids(self.train_ids, self.args.nsamples, self.args.seqlen, self.args.seed)
         grids = {} if self.args.merge else None
-        report = compress.compress_model(self.model, self.tokenizer, name, ids, grids=grids, codes=False, **settings)
+        report = compress.compress_model(self.model, self.tokenizer, name, ids, grids=grids, codes=False,
+                                         **settings)
         self.grids = {path: grid for path, grid in (grids or {}).items() if grid}
         report["calibration"].update(text=self.args.text, seed=self.args.seed)
         say("compression", compress.summary(report))
@@ -350,8 +310,8 @@ class Run:
         method = entry.build(self.model, **settings, seed=args.seed)
         lr = entry.rates["toy" if args.toy else "other"] if args.lr is None else args.lr
         saved = Checkpoint(self.out, name, self.training_recipe(name, settings, lr)) if self.out else None
-        training = train(method, self.train_ids, args.steps, args.batch_size, args.train_seqlen, lr, args.seed, args.accumulate,
-                         args.checkpointing, saved, resume=args.resume)
+        training = train(method, self.train_ids, args.steps, args.batch_size, args.train_seqlen, lr,
+                         args.seed, args.accumulate, args.checkpointing, saved, resume=args.resume)
         parts = method.parts() if row is None and hasattr(method, "parts") else {}
         for part, alone in parts.items():
             self.measure(part, weight_bytes, alone)
@@ -361,8 +321,9 @@ class Run:
     def training_recipe(self, name, settings, lr):
         """Everything that decides what a training ends in."""
         args = self.args
-        return {"method": name, "settings": settings, "lr": lr, "text": digest(self.train_ids), "dtype": str(self.model.dtype),
-                **{key: getattr(args, key) for key in ("steps", "batch_size", "train_seqlen", "accumulate", "seed")},
+        deciding = ("steps", "batch_size", "train_seqlen", "accumulate", "seed")
+        return {"method": name, "settings": settings, "lr": lr, "text": digest(self.train_ids),
+                "dtype": str(self.model.dtype), **{key: getattr(args, key) for key in deciding},
                 **recipe_of(self.model)}
 
     def merge(self, name, method, report):
@@ -378,13 +339,12 @@ class Run:
         masked = "sparsity" in compress.COMPRESSORS[report["compressor"]].settings
         if masked or self.grids:
             how = " and ".join(["rounded"] * bool(self.grids) + ["masked"] * masked)
-            self.measure_merged(method, f"{name} merged, {how}", report["weight_bytes"],
-                                lambda path, Q: functools.partial(put_on, grid=self.grids.get(path), mask=Q != 0 if masked else None))
+            back = lambda path, Q: functools.partial(put_on, grid=self.grids.get(path),
+                                                     mask=Q != 0 if masked else None)
+            self.measure_merged(method, f"{name} merged, {how}", report["weight_bytes"], back)
 
     def measure_merged(self, method, row, weight_bytes, recompress=None):
-        """One row with every layer merged. recompress: (path, compressed W) -> a function that puts a merged
-        W back.
-        """
+        """One row, every layer merged. recompress: (path, compressed W) -> what puts a merged W back."""
         for path, layer in method.layers.items():
             layer.merge(recompress(path, layer.base_weight()) if recompress else None)
         self.measure(row, weight_bytes)
@@ -393,9 +353,7 @@ class Run:
 
 
 def put_on(W, grid=None, mask=None):
-    """A merged W back to where compressed weights lie. grid: a Grid or what it is made of; mask: True where
-    W may not be zero.
-    """
+    """A merged W back to where compressed weights lie. mask: True where a weight may not be zero."""
     if grid is not None:
         grid = grid if isinstance(grid, Grid) else Grid(code=None, **grid)
         W = grid.to(W.device).round(W)
@@ -419,16 +377,14 @@ def main(argv=None):
                 job.merge(name, method, report)
         print(evaluate.format_table(job.rows))
         if out:
-            files = evaluate.result_files(evaluate.command_line(), vars(args), job.device, time.time() - job.start, job.rows,
-                                          recipe_of(job.model))
+            files = evaluate.result_files(evaluate.command_line(), vars(args), job.device,
+                                          time.time() - job.start, job.rows, recipe_of(job.model))
             for file, text in files.items():
                 out.text(file, text)
 
 
 def save_adapter(out, method, name):
-    """The adapter's folder, whole; one that a resumed run finds there was trained by the same recipe, to the
-    same bits.
-    """
+    """The adapter's folder, whole; one that a resumed run finds there has the same bits."""
     if not (out.path / name).exists():
         with out.folder(name) as folder:
             method.save(folder)

@@ -46,15 +46,17 @@ TABLES = ("rules", "sets", "planted")
 
 # --- 1. Sets of prompts -------------------------------------------------------------------------------------
 
-READING = {"layers": "first", "scores": "probabilities"}   # one choice a sequence, so that it can be looked up
+READING = {"layers": "first", "scores": "probabilities"}   # one choice a sequence, to be looked up
 
 
 class DealtPrompts(SoftPrompts):
-    """Rows are dealt out to the m prompts in turn, each on its own share of the data: equal tokens for every m."""
+    """Rows are dealt out to the m prompts in turn, each its own share: equal tokens for every m."""
 
     def losses(self, ids, owner=None):
         """ids (B, T); row b trains prompt b mod m. -> (B,)."""
-        return super().losses(ids, torch.arange(len(ids), device=ids.device) % len(self.prompts) if owner is None else owner)
+        if owner is None:
+            owner = torch.arange(len(ids), device=ids.device) % len(self.prompts)
+        return super().losses(ids, owner)
 
 
 class AssignedPrompts(DealtPrompts):

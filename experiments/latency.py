@@ -5,9 +5,9 @@ or not, on which layers, prompts cached or not) is NOT IN PAPER as far as it is 
 gets a row: prompt as embeddings, prompt as cached prefix, IDP with m = 2, 4, 8, LoRA unmerged on q,v and on
 all linears, LoRA merged.
 
-    python -m experiments.latency --model toy                                        # seconds, CPU
-    python -m experiments.latency --shape smollm2-135m --lengths 128,512             # random weights, true shapes
-    python -m experiments.latency --shape llama-7b --device cuda                     # a latency needs no download
+    python -m experiments.latency --model toy                                # seconds, CPU
+    python -m experiments.latency --shape smollm2-135m --lengths 128,512     # random weights, true shapes
+    python -m experiments.latency --shape llama-7b --device cuda             # a latency needs no download
 
 Prefill: T tokens to the first logits. Decode: one token with T in the cache. Variants are interleaved,
 warm-up first, medians over repeats; ratios are medians of ratios within a repeat, which a drifting machine
@@ -33,14 +33,17 @@ from support.architectures import (
 from support.models import load_model
 from support.tables import markdown
 
-LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048)
+LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+                max_position_embeddings=2048)
 SHAPES = {  # the published configurations; weights are random, which a latency does not see
     "llama-7b": LLAMA_7B,
-    "opt-6.7b": dict(model_type="opt", vocab_size=50272, hidden_size=4096, ffn_dim=16384, num_hidden_layers=32,
-                     num_attention_heads=32, word_embed_proj_dim=4096, max_position_embeddings=2048),
-    "smollm2-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True),
+    "opt-6.7b": dict(model_type="opt", vocab_size=50272, hidden_size=4096, ffn_dim=16384,
+                     num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=4096,
+                     max_position_embeddings=2048),
+    "smollm2-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
+                         num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                         max_position_embeddings=8192, tie_word_embeddings=True),
 }
 
 
@@ -79,7 +82,8 @@ def as_cached_prefix(model, P):
     def call(model, ids, cache):
         """Prefill behind a cache that holds the prompt; decode as usual."""
         if cache is None:
-            cache = DynamicCache([(k.expand(len(ids), -1, -1, -1), v.expand(len(ids), -1, -1, -1)) for k, v in layers])
+            wide = lambda x: x.expand(len(ids), -1, -1, -1)                # (B, h_kv, n, d_k)
+            cache = DynamicCache([(wide(k), wide(v)) for k, v in layers])
         return plain(model, ids, cache)
     return call
 
@@ -178,8 +182,8 @@ def ratio(times, name, reference, phase):
     return statistics.median(a / b for a, b in zip(times[name][phase], times[reference][phase]))
 
 
-HEAD = ["T", "variant", "prefill ms", "by cached prompt", "by LoRA q,v", "decode ms/token", "by cached prompt", "by LoRA q,v",
-        "peak MiB"]
+HEAD = ["T", "variant", "prefill ms", "by cached prompt", "by LoRA q,v", "decode ms/token",
+        "by cached prompt", "by LoRA q,v", "peak MiB"]
 
 
 def report(times, T):
@@ -189,16 +193,17 @@ def report(times, T):
     for name, seen in times.items():
         cells = [f"{T}", name]
         for phase in ("prefill", "decode"):
-            cells += [f"{1e3 * statistics.median(seen[phase]):.1f}", f"{ratio(times, name, prefix, phase):.3f}",
-                      f"{ratio(times, name, qv, phase):.3f}"]
+            cells.append(f"{1e3 * statistics.median(seen[phase]):.1f}")
+            cells += [f"{ratio(times, name, reference, phase):.3f}" for reference in (prefix, qv)]
         rows.append(cells + [f"{seen['peak'] / 2**20:.0f}" if seen["peak"] else "-"])
     return rows
 
 
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError for what cannot work."""
-    args = parse_flags(__doc__, ["model", "device", "dtype", "seed", "shape", "lengths", "prompt_length", "decode_tokens", "repeats",
-                                 "batch_size", "out"], argv, {"shape": SHAPES}, {"batch_size": 1})
+    takes = ["model", "device", "dtype", "seed", "shape", "lengths", "prompt_length", "decode_tokens",
+             "repeats", "batch_size", "out"]
+    args = parse_flags(__doc__, takes, argv, {"shape": SHAPES}, {"batch_size": 1})
     if args.shape:
         refuse_given(args, {"model"}, "--shape stands in its place; give one of the two")
     return args
@@ -217,18 +222,23 @@ def main(argv=None):
         table, times = variants(model, args.prompt_length, with_compressed=not args.shape), {}
         for T in args.lengths:
             generator = torch.Generator().manual_seed(args.seed)
-            ids = torch.randint(3, model.config.vocab_size, (args.batch_size, T), generator=generator).to(device)
+            ids = torch.randint(3, model.config.vocab_size, (args.batch_size, T), generator=generator)
+            ids = ids.to(device)
             times[T] = measure(model, table, ids, args.repeats, args.decode_tokens)
-        caption = (f"{name}, {str(model.dtype).removeprefix('torch.')}, {device_name(device)}, batch {args.batch_size}, prompts of "
-                   f"{args.prompt_length} tokens, {args.decode_tokens} decoded tokens, medians of {args.repeats} interleaved repeats")
-        text = caption + "\n\n" + markdown(HEAD, [row for T, seen in times.items() for row in report(seen, T)])
+        dtype = str(model.dtype).removeprefix("torch.")
+        caption = (f"{name}, {dtype}, {device_name(device)}, batch {args.batch_size}, prompts of "
+                   f"{args.prompt_length} tokens, {args.decode_tokens} decoded tokens, medians of "
+                   f"{args.repeats} interleaved repeats")
+        rows = [row for T, seen in times.items() for row in report(seen, T)]
+        text = caption + "\n\n" + markdown(HEAD, rows)
         print(text)
         if out:
             with out.folder() as folder:
                 (folder / "latency.md").write_text(text + "\n", encoding="utf-8")
                 (folder / "latency.json").write_text(json_text({
-                    "command": command_line(), "settings": vars(args), "versions": versions(), "device": device_name(device),
-                    "seconds": round(time.time() - start, 1), "times": times}), encoding="utf-8")
+                    "command": command_line(), "settings": vars(args), "versions": versions(),
+                    "device": device_name(device), "seconds": round(time.time() - start, 1),
+                    "times": times}), encoding="utf-8")
 
 
 if __name__ == "__main__":

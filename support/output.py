@@ -113,7 +113,7 @@ def resolve(out):
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {out}: is a file; name a new folder")
         if path == pathlib.Path.cwd() or path.is_mount() or not path.name:
-            raise UserError(f"--out {out}: is the current folder, or a whole disk; name a new folder inside it")
+            raise UserError(f"--out {out}: is the current folder, or a whole disk; name a new folder in it")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
     except (OSError, RuntimeError, ValueError) as error:
@@ -155,7 +155,8 @@ def open_lock(lock, out):
     try:
         file = open(lock, "a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {out}: {lock.parent} cannot be written to ({why(error)}); name another folder") from error
+        raise UserError(f"--out {out}: {lock.parent} cannot be written to ({why(error)}); name another "
+                        "folder") from error
     try:
         take(file, lock, out)
         clear_leftover(file, lock, out)
@@ -175,7 +176,8 @@ def take(file, lock, out):
     except OSError:
         alone = False
     if not alone:
-        raise UserError(f"--out {out}: another run is writing there ({holder(file)}); wait for it, or name another folder")
+        raise UserError(f"--out {out}: another run is writing there ({holder(file)}); wait for it, or name "
+                        "another folder")
 
 
 def holder(file):
@@ -195,7 +197,8 @@ def clear_leftover(file, lock, out):
         file.seek(0)
         text = file.read()
         left = json.loads(text)["temporary"] if text else None
-        ours = not text or bool(re.fullmatch(re.escape(lock.name.removesuffix("lock")) + "[0-9a-f]{16}[.]tmp", left))
+        stem = re.escape(lock.name.removesuffix("lock"))
+        ours = not text or bool(re.fullmatch(stem + "[0-9a-f]{16}[.]tmp", left))
     except (ValueError, KeyError, TypeError):
         ours = False
     if not ours:
@@ -213,8 +216,10 @@ def check_contents(path, out, resume, going_on):
     if resume and "results.json" in there:
         raise UserError(f"--resume: the run in {out} is finished; name a new --out for another one")
     if resume and there and not cut_off:
-        raise UserError(f"--resume: {out} holds no checkpoint of a run that was cut off; name its folder, or leave --resume out")
+        raise UserError(f"--resume: {out} holds no checkpoint of a run that was cut off; name its folder, or "
+                        "leave --resume out")
     if there and not resume and cut_off and "results.json" not in there:
-        raise UserError(f"--out {out}: holds a run that was cut off; go on with --resume, or name a new folder")
+        raise UserError(f"--out {out}: holds a run that was cut off; go on with --resume, or name a new "
+                        "folder")
     if there and not resume:
         raise UserError(f"--out {out}: holds {there[0]} already, and nothing is replaced; name a new folder")

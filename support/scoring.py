@@ -37,10 +37,11 @@ def encode_pair(tokenizer, context, continuation, limit):
     else:
         left, right = [first_token(tokenizer)], encode(tokenizer, continuation, start=False)
     if not right:
-        raise UserError(f"--tasks: {continuation!r} after {context[-30:]!r} has no tokens, and nothing would always be likeliest; "
-                        "give every choice a text")
+        raise UserError(f"--tasks: {continuation!r} after {context[-30:]!r} has no tokens, and nothing would "
+                        "always be likeliest; give every choice a text")
     if len(right) > limit:
-        raise UserError(f"--tasks: {continuation[:30]!r}... has {len(right)} tokens, and the model reads {limit}; shorten it")
+        raise UserError(f"--tasks: {continuation[:30]!r}... has {len(right)} tokens, and the model reads "
+                        f"{limit}; shorten it")
     return left[-(limit - len(right) + 1):], right
 
 
@@ -70,14 +71,13 @@ def continuation_scores(model, groups, batch_size=16, max_length=None, desc="sco
 
 
 def batches(groups, batch_size, limit):
-    """Indices of groups, longest contexts first, in batches that fit `limit` columns and TOKENS. -> list of
-    lists.
-    """
+    """Indices of groups, longest contexts first, in batches that fit `limit` columns and TOKENS."""
     parts, longest = [], 0
     for i in sorted(range(len(groups)), key=lambda i: len(groups[i][0]), reverse=True):
         rest = max(map(len, groups[i][1]))
         columns = len(groups[parts[-1][0]][0]) + max(longest, rest) - 1 if parts else 0
-        if not parts or len(parts[-1]) == batch_size or columns > limit or (len(parts[-1]) + 1) * columns > TOKENS:
+        full = parts and (len(parts[-1]) == batch_size or (len(parts[-1]) + 1) * columns > TOKENS)
+        if not parts or full or columns > limit:
             parts.append([])
             longest = 0
         parts[-1].append(i)
@@ -86,9 +86,7 @@ def batches(groups, batch_size, limit):
 
 
 def score_batch(model, groups, batch_size):
-    """One batch of contexts, then their continuations sorted by length, a few at a time. One read from the
-    device in all.
-    """
+    """One batch of contexts, then their continuations, a few at a time. One read from the device."""
     rows = [(i, j) for i, (_, rest) in enumerate(groups) for j in range(len(rest))]
     rows.sort(key=lambda row: len(groups[row[0]][1][row[1]]))
     lengths = [len(groups[i][1][j]) for i, j in rows]
@@ -194,5 +192,6 @@ def word_perplexity(model, tokenizer, documents, max_length=None, clean=lambda t
         raise UserError("--eval-text: has no words; word perplexity needs at least one")
     # Each window is one context token (or the overlap) and up to `limit` continuation tokens, so one at a
     # time fills a device.
-    scores = continuation_scores(model, [(left, [right]) for left, right in windows], 1, limit, "word perplexity")
+    groups = [(left, [right]) for left, right in windows]
+    scores = continuation_scores(model, groups, 1, limit, "word perplexity")
     return math.exp(-sum(score for [(score, _)] in scores) / words)
