@@ -21,6 +21,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import pathlib
 import time
 
@@ -217,7 +218,7 @@ def parse(argv=None):
 def check_job(args):
     """What every training job has in common: fill in what was left open, refuse what cannot be."""
     fill_evaluation(args)
-    if pathlib.Path(args.model, "compression.json").exists():
+    if os.path.isfile(pathlib.Path(args.model, "compression.json")):
         refuse_given(args, set(compress.COMPRESSION_FLAGS),
                      f"{args.model} is compressed already, and its own recipe counts; leave it out")
     else:

@@ -52,6 +52,8 @@ def is_plain_pattern(pattern):
     """Is this a regular expression that ends soon, whatever it is matched with?"""
     if len(pattern) > 200 or branches(pattern) > MAX_BRANCHES or re.search(r"\)[*+?{]", pattern):
         return False
+    if re.search(r"\(\?[aiLmsux]+\)", pattern):            # flags: Python 3.10 alone takes them here
+        return False
     try:
         re.compile(whole_pattern(pattern))
         return True

@@ -20,6 +20,9 @@ import sys
 import torch
 from tqdm import tqdm
 
+# a stream that the shell has closed (`>&-`) is None; nobody reads it
+sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+
 
 class UserError(ValueError):
     """What a user can get wrong. The message names the flag, the value and the fix."""
@@ -65,10 +68,10 @@ def one_of(choices):
 
 
 def not_empty(text):
-    """The text itself, if there is something in it."""
+    """The text itself, if there is something in it; ~ expanded, which no shell does after --out=."""
     if not text.strip() or "\0" in text:
         raise ValueError("empty")
-    return text
+    return os.path.expanduser(text)
 
 
 def group_size(text):
@@ -285,7 +288,9 @@ def parse_flags(doc, names, argv=None, choices=None, defaults=None, several=(), 
 def is_toy(name):
     """The toy model, or a folder that compress.py made of it: both have the toy's text and tasks."""
     report = pathlib.Path(name, "compression.json")
-    return name == "toy" or (report.is_file() and '"base_model": "toy"' in report.read_text(errors="ignore"))
+    if name == "toy" or not os.path.isfile(report):        # Path.is_file raises for a long name
+        return name == "toy"
+    return '"base_model": "toy"' in report.read_text(errors="ignore")
 
 
 def refuse_given(args, names, why):
@@ -330,15 +335,22 @@ def say(kind, words):
     print(f"{kind}: " + " ".join(str(words).split()), file=sys.stderr, flush=True)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)           # the disk, one's quota, what a file may be
+
+
 def foreseen(error):
     """What to say of a user's mistake, of trouble with a file and of too little memory. None: it is a bug."""
     words = str(error)
     if isinstance(error, UserError):
         return words
+    number = re.search(r"[(]os error (\d+)[)]", words)      # as safetensors and tokenizers say it
+    if number and not isinstance(error, OSError):
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, OSError):
-        full = error.errno == errno.ENOSPC
-        return (f"{error.filename or 'a file'}: {os.strerror(error.errno) if error.errno else words}; "
-                + ("make room on the disk" if full else "choose another --out, or mend that file"))
+        where = f"{error.filename or 'a file'}: {os.strerror(error.errno) if error.errno else words}"
+        if error.errno in FULL:
+            return f"{where}; make room on the disk; {Kept.words}"
+        return f"{where}; choose another --out, or mend that file"
     # of torch and cuBLAS, in a plain RuntimeError too
     signs = ("not enough memory", "out of memory", "allocate memory", "ALLOC_FAILED")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
@@ -350,12 +362,12 @@ def foreseen(error):
 
 def run(main):
     """Call main(). Each foreseeable end is one line and an exit code: 2 mistakes, 130 Ctrl-C, 143 SIGTERM."""
-    for stream in (sys.stdout, sys.stderr):        # a terminal without Unicode shows escapes, not a traceback
+    for stream in (sys.stdout, sys.stderr):                # without Unicode, escapes and not a traceback
         stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, terminate)
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)                          # a pipe that has closed shows here, not at exit
     except KeyboardInterrupt as error:
         say("interrupted", Kept.words)
         sys.exit(143 if isinstance(error, Terminated) else 130)
@@ -364,7 +376,7 @@ def run(main):
         sys.exit(141)
     except Exception as error:
         words = foreseen(error)
-        if words is None:
+        if words is None:                                  # a bug: its traceback is wanted
             raise
         say("error", words)
         sys.exit(2)

@@ -29,6 +29,7 @@ def user_path(text, flag):
     try:
         path = pathlib.Path(text).expanduser()
         path.exists()
+        str(path).encode("utf-8")                          # safetensors and tokenizers take no other names
         return path
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{flag} {str(text)[:80]}: is no path ({why(error)}); use another one") from error

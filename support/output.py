@@ -100,16 +100,28 @@ def claim(out, resume=False, going_on=(), rows=False):
         return
     path = resolve(out)
     with locked(path, out) as temporary:
-        if not (rows and (path / "rows").is_dir()):
+        if not (rows and has_rows(path)):
             check_contents(path, out, resume, going_on)
+        begun = path.is_dir() and any(path.iterdir())
         Kept.words = f"nothing was written to {out}"
+        if begun:
+            Kept.words = f"{out} is as it was; the same command goes on with it"
         yield Output(path, temporary)
+
+
+def has_rows(path):
+    """Does a folder hold rows, each under its digest, and nothing else in rows/?"""
+    names = [entry.name for entry in (path / "rows").iterdir()] if (path / "rows").is_dir() else []
+    return bool(names) and all(re.fullmatch("[0-9a-f]{16}[.]json", name) for name in names)
 
 
 def resolve(out):
     """The folder that --out means, links followed. Its parent exists afterwards. Raises UserError."""
     try:
         path = pathlib.Path(out).expanduser().resolve()
+        str(path).encode("utf-8")                          # safetensors and tokenizers take no other names
+        if path.is_symlink():                              # Python 3.13 says nothing of a loop
+            raise UserError(f"--out {out}: cannot be made (a link that leads to itself); name another folder")
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {out}: is a file; name a new folder")
         if path == pathlib.Path.cwd() or path.is_mount() or not path.name:
@@ -143,8 +155,8 @@ def make_temporary(temporary, file, out):
     neither.
     """
     try:
-        file.write(json.dumps({"process": os.getpid(), "command": sys.argv, "temporary": temporary.name}))
-        file.flush()                        # first the name on disk, then the folder: a kill leaves no orphan
+        note = json.dumps({"process": os.getpid(), "command": sys.argv, "temporary": temporary.name})
+        os.write(file.fileno(), note.encode())   # first the name, then the folder: a kill leaves no orphan
         temporary.mkdir()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({why(error)}); name another folder") from error

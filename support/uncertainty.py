@@ -20,7 +20,7 @@ import statistics
 import torch
 
 from support.cli import UserError
-from support.files import BOOL, STRING, list_of, number, read_fields
+from support.files import BOOL, STRING, list_of, number, read_fields, user_path
 from support.tables import markdown
 
 Z = 1.959964                               # 97.5 % of the normal distribution lies below
@@ -202,9 +202,10 @@ def compare(path_a, path_b):
     Below the table: what so many tests mean, and what cannot be paired. The same file twice compares its own
     rows. Raises UserError when nothing can be paired.
     """
+    path_a, path_b = (user_path(path, "--compare") for path in (path_a, path_b))
     A, B = read_run(path_a), read_run(path_b)
     pairs = [(a, b) for a in A for b in B]
-    if pathlib.Path(path_a).resolve() == pathlib.Path(path_b).resolve():
+    if path_a.resolve() == path_b.resolve():
         pairs = [(a, b) for i, a in enumerate(A) for b in list(A)[i + 1:]]
     tests, notes = [], []
     for a, b in pairs:

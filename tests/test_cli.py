@@ -7,8 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from conftest import ROOT
+from kill import run_forked
 from support import cli
 from support.cli import FLAGS, UserError, check_limits, parse_flags, progress, refuse_given
 
@@ -89,23 +92,32 @@ def ended(code, *argv, send=None, **kwargs):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("body, code, word", [
-    ("raise UserError('--bits 9:\\n  no')", 2, "error: --bits 9: no"),
-    ("raise torch.OutOfMemoryError('CUDA out of memory. Tried')", 2, "error: --device: out of memory"),
-    ("torch.empty(2**48)", 2, "error: --device: out of memory"),
-    ("raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling')", 2, "error: --device: out of memory"),
-    ("open('/nothing/here')", 2, "error: /nothing/here: No such file"),
-    ("raise OSError(28, 'No space left on device', 'x/y')", 2, "make room on the disk"),
-    ("raise KeyboardInterrupt", 130, "interrupted: nothing was written"),
-    ("raise BrokenPipeError", 141, "")])
-def test_every_end_is_one_line(body, code, word):
-    rc, out, err = ended(f"def main():\n    {body}\nrun(main)")
-    assert rc == code and word in err and err.count("\n") == bool(word) and "Traceback" not in err
+def raising(error):
+    """A main() that ends so."""
+    def main(argv):
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("main, code, word", [
+    (raising(UserError("--bits 9:\n  no")), 2, "error: --bits 9: no"),
+    (raising(torch.OutOfMemoryError("CUDA out of memory. Tried")), 2, "error: --device: out of memory"),
+    (lambda argv: torch.empty(2**48), 2, "error: --device: out of memory"),
+    (raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")), 2, "error: --device: out of memory"),
+    (lambda argv: open("/nothing/here"), 2, "error: /nothing/here: No such file"),
+    (raising(OSError(28, "No space left on device", "x/y")), 2, "make room on the disk; nothing was written"),
+    (raising(SafetensorError("I/O error: No space (os error 28)")), 2, "No space left on device; make room"),
+    (raising(KeyboardInterrupt()), 130, "interrupted: nothing was written"),
+    (raising(BrokenPipeError()), 141, "")], ids=range(9))
+def test_every_end_is_one_line(main, code, word):
+    """In a child of this process, which has imported everything already."""
+    got, text = run_forked(main, [])
+    assert got == code and word in text and text.count("\n") == bool(word) and "Traceback" not in text
 
 
 def test_a_bug_still_shows_its_traceback():
-    rc, _, err = ended("def main():\n    1 / 0\nrun(main)")
-    assert rc == 1 and "ZeroDivisionError" in err
+    assert run_forked(lambda argv: 1 / 0, [])[0] == 1
+    assert "ZeroDivisionError" in run_forked(lambda argv: 1 / 0, [])[1]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -122,6 +134,19 @@ def test_an_ascii_terminal_and_a_closed_pipe():
               "def main():\n    for i in range(100000): print(i)\nrun(main)\" | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stdout == "0\n" and done.stderr == ""
+
+
+def test_a_closed_stdout():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom support.cli import *\nrun(lambda: print('x'))"
+    command = ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_home_that_no_shell_has_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/disk/mira")
+    args = parse_flags("A script.", ["out", "model"], ["--out=~/x y", "--model", "a~b"])
+    assert (args.out, args.model) == ("/disk/mira/x y", "a~b")
 
 
 def test_progress_in_a_log_file_is_a_line_now_and_then(monkeypatch):

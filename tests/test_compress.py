@@ -12,7 +12,7 @@ import torch.nn as nn
 import compress
 from compress import COMPRESSORS, compress_model, gptq, hessians, magnitude, rtn, sparsegpt
 from conftest import CONFIGS, ROOT, save_tiny, tiny_model, tiny_tokenizer
-from kill import kills, run_forked
+from kill import kills, listing, neighbours, run_forked
 from methods.registry import Compressor
 from methods.rounding import SHARES, fit_grid
 from support import architectures, cli, models, output, packing
@@ -674,21 +674,6 @@ def test_a_mistake_is_one_line(flags, word, capsys, tmp_path):
 
 
 QUICK = ["--compressor", "rtn", "--nsamples", "2", "--seqlen", "8"]
-
-
-def neighbours(folder):
-    """Files of the user's beside --out, under names that a program might think its own."""
-    for name in ("m.tmp", "m.old", ".m", "m.lock"):
-        (folder / name).mkdir()
-        (folder / name / "n.txt").write_text("mine")
-    for name in (".m.tmp", "m.tmp.json", ".m.0123456789abcdef.tmp", "n.txt"):
-        (folder / name).write_text("mine")
-
-
-def listing(folder):
-    """{path: bytes} of every file below a folder."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 @pytest.mark.parametrize("flags", [[*QUICK], [*QUICK, "--packed"], ["--sparsity", "0.5"],

@@ -116,7 +116,8 @@ def test_a_link_is_followed_and_stays(tmp_path):
 
 
 @pytest.mark.parametrize("bad, word", [(".", "current folder"), ("/", "disk"), ("file", "is a file"), ("file/x", "cannot be made"),
-                                       ("x" * 300, "name another"), ("loop", "cannot be made"), ("a\0b", "cannot be made")])
+                                       ("x" * 300, "name another"), ("loop", "cannot be made"),
+                                       ("a\0b", "cannot be made"), ("a\udcff", "cannot be made")])
 def test_what_would_fail_later_fails_at_once(bad, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
@@ -164,6 +165,18 @@ def test_the_next_run_clears_away_what_a_killed_one_left(tmp_path):
     with claim(str(tmp_path / "x")) as out:
         out.text("a", "a")
     assert everything(tmp_path) == ["x", "x/a"]
+
+
+def test_only_a_sweeps_own_folder_is_gone_on_with(tmp_path):
+    (tmp_path / "x/rows").mkdir(parents=True)
+    (tmp_path / "x/rows/chairs.txt").write_text("mine")
+    (tmp_path / "x/results.md").write_text("mine")
+    with pytest.raises(UserError, match="holds results.md already"), claim(str(tmp_path / "x"), rows=True):
+        pass
+    with claim(str(tmp_path / "y"), rows=True) as out:
+        out.text("rows/0123456789abcdef.json", "{}")
+    with claim(str(tmp_path / "y"), rows=True) as out:
+        out.text("results.md", "x")
 
 
 def test_how_a_cut_off_run_goes_on(tmp_path):
