@@ -97,6 +97,9 @@ def sizes(job):
     """Every method at several sizes, each at the learning rate of its method."""
     weight_bytes = compressed(job)
     for name in job.args.method:
+        if METHODS[name].sizes is None:                    # a remedy of one size
+            job.recover(name, weight_bytes, name)
+            continue
         flag, values = METHODS[name].sizes
         before = getattr(job.args, flag)
         for value in values:

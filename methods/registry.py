@@ -40,7 +40,8 @@ COMPRESSORS = {
 #     save(folder)     the adapter's folder, by support.adapters.write_peft
 # flags: the names in support.cli.FLAGS that it takes. settings: args -> the constructor's arguments. rates:
 # its peak learning rate, on the toy model and on others. sizes: (flag, values) by which experiments make it
-# larger. peft_type: what its folder's config says. read: (model, that config's Fields, folder) -> an object.
+# larger, or None. peft_type: what its folder's config says. read: (model, that config's Fields, folder) -> an
+# object.
 Method = collections.namedtuple("Method", "build flags settings rates sizes peft_type read")
 
 # NOT IN PAPER: the peak learning rates. Within 1 % of the lowest perplexity of `experiments.sweep rates`, one

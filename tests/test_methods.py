@@ -40,7 +40,7 @@ def slow_losses(logits, ids):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_says_all_that_is_particular_to_a_method(name):
     row = METHODS[name]
-    assert set(row.flags) <= set(FLAGS) and row.sizes[0] in row.flags
+    assert set(row.flags) <= set(FLAGS) and (row.sizes is None or row.sizes[0] in row.flags)
     assert set(row.rates) == {"toy", "other"} and all(0 < rate < 1 for rate in row.rates.values())
     assert [other.peft_type for other in METHODS.values()].count(row.peft_type) == 1, "whose is a folder?"
 
@@ -77,7 +77,8 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_used(name, any_model):
 def test_seeds_decide_the_start(name):
     first, same, other = (build(name, tiny_model("llama"), seed).tensors() for seed in (0, 0, 1))
     assert all(torch.equal(first[key], same[key]) for key in first)
-    assert any(not torch.equal(first[key], other[key]) for key in first)
+    if name in ("prompt", "prefix", "idp", "lora"):        # a remedy may also start from the same place always
+        assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", METHODS)
