@@ -58,9 +58,7 @@ def random_model(shape, device, dtype):
 # --- 1. Variants: each is a context manager around a model and a way to call it -----------------------------
 
 def plain(model, ids, cache):
-    """The model as it is. Every variant's call: (model, ids (B, T), cache or None) -> output with its
-    cache.
-    """
+    """The model as it is. Every call: (model, ids (B, T), cache or None) -> output with its cache."""
     return model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 
 
@@ -106,9 +104,7 @@ def merged(method):
 
 
 def variants(model, n, with_compressed):
-    """{name: (context manager factory, call)}. n: tokens of every prompt, so that all prompts cost the
-    same.
-    """
+    """{name: (context manager factory, call)}. n: tokens of every prompt, so that all cost the same."""
     d, generator = model.get_input_embeddings().weight.shape[1], torch.Generator().manual_seed(0)
     prompts = [initial_prompt(model, n, generator).to(model.dtype) for _ in range(8)]    # (n, d) each
     assert prompts[0].shape == (n, d)
@@ -159,9 +155,7 @@ def time_once(model, call, ids, decode_tokens):
 
 
 def measure(model, table, ids, repeats, decode_tokens):
-    """{variant: {"prefill": [s], "decode": [s], "peak": bytes or None}}, interleaved so that drift hits all
-    alike.
-    """
+    """{variant: {"prefill": [s], "decode": [s], "peak": bytes}}, interleaved so that drift hits all."""
     times = {name: {"prefill": [], "decode": [], "peak": None} for name in table}
     for repeat in progress(range(repeats + 1), desc=f"T={ids.shape[1]}"):
         for name, (attached, call) in table.items():

@@ -28,9 +28,7 @@ except ImportError:                              # Windows: no lock is held ther
 
 
 def json_text(obj):
-    """Indented JSON. Raises ValueError for a number that is not finite: such a result must not look like
-    one.
-    """
+    """Indented JSON. Raises ValueError for a number that is not finite: no result may look so."""
     return json.dumps(obj, indent=2, sort_keys=False, allow_nan=False) + "\n"
 
 
@@ -72,9 +70,7 @@ class Output:
 
     @contextlib.contextmanager
     def folder(self, name=""):
-        """`with out.folder("adapter") as folder:` fill it; it becomes that folder, or --out itself, if the
-        block succeeds.
-        """
+        """`with out.folder("adapter") as folder:` fill it; it becomes that folder, or --out itself."""
         made = self.temporary / "folder"
         made.mkdir()
         yield made
@@ -136,9 +132,7 @@ def resolve(out):
 
 @contextlib.contextmanager
 def locked(path, out):
-    """Hold the lock file beside `path` and a temporary folder of this run; clear both away. Yields that
-    folder.
-    """
+    """Hold the lock file beside `path` and a temporary folder of this run; yield that folder."""
     lock = path.with_name(f".{path.name}.lock")
     with contextlib.closing(open_lock(lock, out)) as file:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -151,9 +145,7 @@ def locked(path, out):
 
 
 def make_temporary(temporary, file, out):
-    """This run's temporary folder, and its name in the lock file. Raises UserError when the disk takes
-    neither.
-    """
+    """This run's temporary folder, and its name in the lock file. Raises UserError."""
     try:
         note = json.dumps({"process": os.getpid(), "command": sys.argv, "temporary": temporary.name})
         os.write(file.fileno(), note.encode())   # first the name, then the folder: a kill leaves no orphan
@@ -202,9 +194,7 @@ def holder(file):
 
 
 def clear_leftover(file, lock, out):
-    """Remove the temporary folder of a killed run, which its lock file names. Raises UserError when the file
-    is not ours.
-    """
+    """Remove the temporary folder of a killed run, which its lock file names. Raises UserError."""
     try:
         file.seek(0)
         text = file.read()

@@ -108,9 +108,7 @@ def score_batch(model, groups, batch_size):
 
 
 def score_rows(model, out, owner, mask, positions, target, real):
-    """Continuations `target` (R, C), real where `real` is 1, of the contexts `owner` (R,) in `out`. -> (2,
-    R): log p, greedy.
-    """
+    """Continuations `target` (R, C) of the contexts `owner` (R,) in `out`. -> (2, R): log p, greedy."""
     logp, greedy = token_scores(out.logits[owner, -1:], target[:, :1])                         # (R, 1)
     if target.shape[1] > 1:                                # continuations of one token are scored already
         position = positions[owner, -1:] + 1 + torch.arange(target.shape[1] - 1, device=target.device)
