@@ -106,9 +106,12 @@ def claim(out, resume=False, going_on=(), rows=False):
 
 
 def has_rows(path):
-    """Does a folder hold rows, each under its digest, and nothing else in rows/?"""
-    names = [entry.name for entry in (path / "rows").iterdir()] if (path / "rows").is_dir() else []
-    return bool(names) and all(re.fullmatch("[0-9a-f]{16}[.]json", name) for name in names)
+    """Does a folder hold rows of ours, each under its digest? An empty rows/ alone is a run killed at once."""
+    if not (path / "rows").is_dir():
+        return False
+    names = [entry.name for entry in (path / "rows").iterdir()]
+    ours = all(re.fullmatch("[0-9a-f]{16}[.]json", name) for name in names)
+    return ours and (bool(names) or len(list(path.iterdir())) == 1)
 
 
 def resolve(out):

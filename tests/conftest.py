@@ -2,6 +2,7 @@
 import itertools
 import os
 import pathlib
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")               # a test that reaches for the hub must fail at once
@@ -14,6 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# A shell that starts the tests in the background has SIGINT ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
