@@ -1,9 +1,9 @@
 """Latency: what each remedy costs at inference, all in one run.
 
-The paper's abstract claims 60 % less inference latency for IDP than for LoRA. What that compares (LoRA merged
-or not, on which layers, prompts cached or not) is NOT IN PAPER as far as it is public here, so every reading
-gets a row: prompt as embeddings, prompt as cached prefix, IDP with m = 2, 4, 8, LoRA unmerged on q,v and on
-all linears, LoRA merged.
+The abstract of the paper's last version claims 60 % less inference latency for IDP than for LoRA, and gives
+no table. What that compares (LoRA merged or not, on which layers, prompts cached or not) is NOT IN PAPER, so
+every reading gets a row: prompt as embeddings, prompt as cached prefix, IDP with m = 2, 4, 8, LoRA unmerged
+on q,v and on all linears, LoRA merged.
 
     python -m experiments.latency --model toy                                # seconds, CPU
     python -m experiments.latency --shape smollm2-135m --lengths 128,512     # random weights, true shapes

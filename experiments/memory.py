@@ -79,8 +79,9 @@ def main(argv=None):
         rows = ids[:args.nsamples * 2048].view(-1, 2048)
         compress.compress_model(model, None, "gptq", rows, device, bits=3, group_size=128)
     else:
-        flags = argparse.Namespace(prompt_length=100, prompt_lengths=[16, 32, 64, 100], rank=8, alpha=16,
-                                   selector="mean_attention", targets=None)
+        flags = argparse.Namespace(prompt_length=100, prompt_lengths=[50, 100], rank=8, alpha=16,
+                                   selector="mean_attention", layers="every",
+                                   scores="logits", targets=None)
         entry = METHODS[args.what]
         method = entry.build(model, **entry.settings(flags))
         recover.train(method, ids, args.steps, args.batch_size, 512, 1e-3,

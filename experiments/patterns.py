@@ -1,9 +1,8 @@
 """Patterns: what recovery does inside. Compressed and recovered models against the dense one, layer by layer.
 
-Paper: "Do Compressed LLMs Forget Knowledge?", arXiv 2310.00867, compares the attention and activation
-patterns of prompts and of LoRA. If knowledge was forgotten, a remedy must change the weights' work back; if
-it was displaced, redirecting is enough, and the patterns need not return to the dense ones. NOT IN PAPER (its
-text was not at hand): every measure below.
+The paper compares attention and activations of prompts and of LoRA with the dense model's, by their cosine
+[Fig. 6]. If knowledge was forgotten, a remedy must change the weights' work back; if it was displaced,
+redirecting is enough, and the patterns need not return. NOT IN PAPER: every measure below but the direction.
 
     python recover.py --method idp  --out runs/idp         # the runs bring model, compression and adapter
     python recover.py --method lora --out runs/lora

@@ -106,7 +106,7 @@ def claim(out, resume=False, going_on=(), rows=False):
 
 
 def has_rows(path):
-    """Does a folder hold rows of ours, each under its digest? An empty rows/ alone is a run killed at once."""
+    """Does a folder hold rows of ours, each under its digest? An empty rows/ alone: a run killed at once."""
     if not (path / "rows").is_dir():
         return False
     names = [entry.name for entry in (path / "rows").iterdir()]
