@@ -24,13 +24,14 @@ from methods.pruning import magnitude, split_pattern       # noqa: F401
 from methods.registry import COMPRESSORS
 from methods.rounding import check_weights, rtn            # noqa: F401
 from support import packing
-from support.cli import FLAGS, UserError, check_limits, parse_flags, progress, refuse_given, run
+from support.cli import FLAGS, UserError, check_limits, parse_flags, refuse_given, run
 from support.data import check_text, load_text
 from support.files import all_finite
 from support.output import claim, write_json
 from support.architectures import (
     arch_of, as_stored, blocks_of, check_room, linears_of, pick_device, pick_dtype, versions, weight_of)
 from support.models import load_model
+from support.progress import progress
 
 
 # --- 1. The walk over the blocks ----------------------------------------------------------------------------

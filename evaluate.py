@@ -38,12 +38,13 @@ import torch
 
 from idp_minimal import CACHE, IDP
 from methods.registry import load_adapter
-from support.cli import UserError, parse_flags, progress, refuse_given, run
+from support.cli import UserError, parse_flags, refuse_given, run
 from support.data import check_text, detokenize, encode, first_token, load_documents, load_tasks, load_text
 from support.files import finite
 from support.output import claim, json_text
 from support.architectures import check_room, device_name, pick_device, room, versions
 from support.models import load_model, only_tokens
+from support.progress import progress
 from support.recipe import digest, recipe_of
 from support.scoring import TOKENS, batches, pad, scores_of_pairs, token_scores, word_perplexity
 from support.tables import markdown
@@ -106,9 +107,7 @@ def choice_pairs(row):
 
 
 def multiple_choice(model, tokenizer, rows, batch_size=16, max_length=None):
-    """-> {"acc", "acc_norm", "n", "ci95", "acc_norm_ci95", "correct": [bool], "correct_norm": [bool],
-    "logp": [[float]]}.
-    """
+    """-> {"acc", "acc_norm", "n", "ci95", "acc_norm_ci95", "correct", "correct_norm", "logp"}."""
     pairs = [choice_pairs(row) for row in rows]
     scores = scores_of_pairs(model, tokenizer, pairs, batch_size, max_length, "choices")
     logp = [[score for score, _ in row] for row in scores]

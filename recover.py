@@ -37,22 +37,19 @@ from methods.registry import METHODS, load_adapter         # noqa: F401
 from methods.rounding import Grid
 from support import packing
 from support.architectures import check_room, pick_device
-from support.cli import Kept, UserError, flag_of, parse_flags, progress, refuse_given, run, say
+from support.cli import Kept, UserError, flag_of, parse_flags, refuse_given, run, say
 from support.data import check_text, load_tasks, load_text
 from support.files import Fields, Tensors, number, or_null, parse_json, whole_number
 from support.models import load_model
 from support.output import claim
+from support.progress import progress
 from support.recipe import difference, digest, recipe_of
 
 
 # --- 1. One training loop for all ---------------------------------------------------------------------------
 
 def batch_at(ids, step, batch_size, seqlen, seed):
-    """The random chunks of one step, a pure function of (seed, step): so a resumed run sees what the first
-    would have.
-
-    ids (tokens,) -> (batch_size, seqlen) long.
-    """
+    """Random chunks, a pure function of (seed, step). ids (tokens,) -> (batch_size, seqlen) long."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(ids) - seqlen + 1, (batch_size,), generator=generator)
     return ids[starts[:, None] + torch.arange(seqlen)]                                         # (B, T)
@@ -77,8 +74,8 @@ def put_back(method, tensors):
 
 
 def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, checkpointing=False, saved=None,
-          save_every=50, resume=False, quiet=False, sample=batch_at):
-    """AdamW on the method's trainables. ids: (tokens,) long on the CPU. Returns {"loss", "seconds",
+          save_every=50, resume=False, quiet=False, sample=batch_at, weight_decay=0.0):
+    """AdamW on the method's trainables [§3.3]. ids: (tokens,) long on the CPU. Returns {"loss", "seconds",
     "tokens"}.
 
     sample: where a step's rows come from, a function like batch_at. saved: a Checkpoint, written every
@@ -89,7 +86,7 @@ def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, chec
     """
     groups, device = method.groups(), method.model.device
     check_training(ids, batch_size, seqlen, accumulate)
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=lr, weight_decay=weight_decay)
     first, loss = saved.restore(method, optimizer) if saved and resume else (0, None)
     good, start = snapshot(method), time.time()
     with method.training(), checkpointed_blocks(method.model, checkpointing):
@@ -197,7 +194,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")                        # Adam's, under torch
 
 METHOD_FLAGS = ("prompt_length", "prompt_lengths", "selector", "layers", "scores", "rank", "alpha", "targets",
                 "merge")
-TRAINING_FLAGS = ("steps", "batch_size", "train_seqlen", "lr", "accumulate", "checkpointing")
+TRAINING_FLAGS = ("steps", "batch_size", "train_seqlen", "lr", "weight_decay", "accumulate", "checkpointing")
 TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "method", *METHOD_FLAGS,
          *TRAINING_FLAGS, "resume",
          "tasks", "limit", "eval_text", "eval_seqlen", "eval_context", "eval_chunks", "out"]
@@ -276,16 +273,21 @@ class Run:
     def measure(self, name, weight_bytes, method=None, **extra):
         """Evaluate the model, under a method or as it is; append one row and say its scores."""
         args = self.args
-        with method.inference() if method else contextlib.nullcontext():
+        with method.inference() if method else contextlib.nullcontext() as attached:
             scores = evaluate.evaluate_model(
                 self.model, self.tokenizer, self.eval_ids, self.tasks, args.eval_seqlen,
                 limit=args.eval_chunks, prompt_columns=self.columns, context=args.eval_context)
+            scores.update(self.also(attached))
         sizes = [t.numel() for t in method.tensors().values()] if method else []
         self.rows.append({"row": name, **scores, "trainable_params": sum(sizes),
                           "extra_bytes": 4 * sum(sizes), "weight_bytes": weight_bytes, **extra})
         shown = [f"ppl {scores['ppl']:.2f}"]
         shown += [f"{task} {100 * score['acc']:.1f} %" for task, score in scores["tasks"].items()]
         say(name, f"{', '.join(shown)} (after {time.time() - self.start:.0f} s)")
+
+    def also(self, attached):
+        """What a subclass measures besides. attached: as `with method.inference() as attached` gave it."""
+        return {}
 
     def compress(self):
         """Compress in place, unless the folder holds a compressed model already. -> compression report."""
@@ -312,7 +314,8 @@ class Run:
         lr = entry.rates["toy" if args.toy else "other"] if args.lr is None else args.lr
         saved = Checkpoint(self.out, name, self.training_recipe(name, settings, lr)) if self.out else None
         training = train(method, self.train_ids, args.steps, args.batch_size, args.train_seqlen, lr,
-                         args.seed, args.accumulate, args.checkpointing, saved, resume=args.resume)
+                         args.seed, args.accumulate, args.checkpointing, saved, resume=args.resume,
+                         weight_decay=args.weight_decay)
         parts = method.parts() if row is None and hasattr(method, "parts") else {}
         for part, alone in parts.items():
             self.measure(part, weight_bytes, alone)
@@ -322,7 +325,7 @@ class Run:
     def training_recipe(self, name, settings, lr):
         """Everything that decides what a training ends in."""
         args = self.args
-        deciding = ("steps", "batch_size", "train_seqlen", "accumulate", "seed")
+        deciding = ("steps", "batch_size", "train_seqlen", "weight_decay", "accumulate", "seed")
         return {"method": name, "settings": settings, "lr": lr, "text": digest(self.train_ids),
                 "dtype": str(self.model.dtype), **{key: getattr(args, key) for key in deciding},
                 **recipe_of(self.model)}

@@ -33,10 +33,11 @@ from methods.prompts import SoftPrompts
 from methods.registry import METHODS
 from support import toy_world
 from support.architectures import check_room, device_name, pick_device, versions
-from support.cli import DEFAULTS, UserError, parse_flags, progress, run
+from support.cli import DEFAULTS, UserError, parse_flags, run
 from support.data import check_text, encode, load_tasks, load_text
 from support.models import load_model
 from support.output import claim, write_json
+from support.progress import progress
 from support.tables import markdown
 from support.uncertainty import mean_interval
 

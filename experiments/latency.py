@@ -26,11 +26,12 @@ from evaluate import command_line
 from idp_minimal import CACHE, PromptBank, attach_idp, prompt_cache
 from methods.lora import LoRA
 from methods.prompts import initial_prompt
-from support.cli import parse_flags, progress, refuse_given, run
+from support.cli import parse_flags, refuse_given, run
 from support.output import claim, json_text
 from support.architectures import (
     blocks_of, check_room, device_name, linears_of, pick_device, pick_dtype, versions)
 from support.models import load_model
+from support.progress import progress
 from support.tables import markdown
 
 LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,

@@ -38,11 +38,12 @@ from evaluate import adapter_name, command_line, prompt_columns
 from idp_minimal import IDP
 from methods.registry import load_adapter
 from support.architectures import blocks_of, check_room, device_name, pick_device, room, versions
-from support.cli import DTYPES, UserError, parse_flags, progress, run, say
+from support.cli import DTYPES, UserError, parse_flags, run, say
 from support.data import check_text, load_text
 from support.files import STRING, one_of, read_fields, whole_number
 from support.models import load_model
 from support.output import claim, write_json
+from support.progress import progress
 from support.tables import markdown
 from support.uncertainty import mean_ci95, shown
 

@@ -37,37 +37,56 @@ COMPRESSIONS = (  # (compressor, settings)
     + [(name, dict(pattern="2:4")) for name in ("magnitude", "sparsegpt")])
 
 
+class RowStore:
+    """Rows by a digest of everything that decides them: in memory, and at once in rows/ of --out."""
+
+    def __init__(self, out):
+        self.out, self.memory = out, {}
+
+    def file(self, name, recipe):
+        """Where a row lies: rows/DIGEST.json. name, recipe: anything JSON can hold."""
+        return f"rows/{digest([name, recipe])}.json"
+
+    def get(self, name, recipe):
+        """A row that this run, or an earlier one, or one beside it measured. -> dict, or None."""
+        file = self.file(name, recipe)
+        path = self.out and self.out.path / file
+        if file not in self.memory and path and path.exists():
+            self.memory[file] = read_fields(path, "--out")("row", OBJECT)
+        return self.memory.get(file)
+
+    def put(self, name, recipe, row):
+        """Keep a row, on disk at once."""
+        file = self.file(name, recipe)
+        self.memory[file] = row
+        if self.out:
+            self.out.json(file, {"recipe": recipe, "row": row})
+            Kept.words = f"the rows so far are in {self.out.path}; the same command goes on with them"
+
+
 class Sweep(recover.Run):
     """A run whose rows are on disk as soon as they are measured, and are measured once."""
 
     def __init__(self, args, out):
         super().__init__(args)                 # without out: a row is short, its training needs no checkpoint
-        self.rows_out = out
+        self.store = RowStore(out)
         deciding = {key: value for key, value in vars(args).items() if key not in FREE}
         self.recipe = {**deciding, "train": digest(self.train_ids), "eval": digest(self.eval_ids),
                        "tasks": digest(self.tasks), "columns": self.columns,
                        "machine": device_name(self.device), "base": recipe_of(self.model)}
 
-    def file(self, name):
-        """Where a row lies: rows/DIGEST.json."""
-        return f"rows/{digest([name, self.recipe])}.json"
-
     def stored(self, name):
         """Take a row that an earlier part of this sweep measured. -> was it there?"""
-        path = self.rows_out and self.rows_out.path / self.file(name)
-        if not path or not path.exists():
-            return False
-        self.rows.append(read_fields(path, "--out")("row", OBJECT))
-        return True
+        row = self.store.get(name, self.recipe)
+        if row:
+            self.rows.append(row)
+        return row is not None
 
     def measure(self, name, *args, **kwargs):
         """One row more, on disk at once."""
         if not self.stored(name):
             super().measure(name, *args, **kwargs)
-            if self.rows_out:
-                self.rows_out.json(self.file(name), {"recipe": self.recipe, "row": self.rows[-1]})
-                Kept.words = (f"the rows so far are in {self.rows_out.path}; the same command goes on with "
-                              "them")
+            self.store.put(name, self.recipe, self.rows[-1])
 
     def recover(self, name, weight_bytes, row):
         """Train and measure, unless that row is there."""

@@ -7,9 +7,7 @@ from transformers import DynamicCache
 
 
 class NoCache(DynamicCache):
-    """A cache that keeps nothing. Without a cache, and without a mask, transformers looks for several texts
-    in one row, and reads the answer from the device: a wait at every step.
-    """
+    """A cache that keeps nothing. Without one transformers waits for the device at every step."""
 
     def update(self, keys, values, *args, **kwargs):
         """This pass's own keys and values."""

@@ -1,4 +1,4 @@
-"""The command line: one table of flags for every script, mistakes in one line, progress bars or log lines.
+"""The command line: one table of flags for every script, and mistakes in one line.
 
     args = parse_flags(__doc__, ["model", "device", "bits"])   # a parser, its checks and its --help
     run(main)                                                  # a mistake: one line and exit code 2
@@ -10,7 +10,6 @@ and what is allowed.
 import argparse
 import collections
 import errno
-import math
 import os
 import pathlib
 import re
@@ -18,7 +17,6 @@ import signal
 import sys
 
 import torch
-from tqdm import tqdm
 
 # a stream that the shell has closed (`>&-`) is None; nobody reads it
 sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
@@ -87,6 +85,13 @@ def n_of_m(text):
     return text
 
 
+def shard(text):
+    """'2/5' as it is; ValueError for anything but I/N with 1 <= I <= N."""
+    i, n = map(int, text.split("/"))
+    inside(i, 1, inside(n, 1, 10**4))
+    return f"{i}/{n}"
+
+
 TEXT = Kind(not_empty, "a name or a path, not empty")
 ANY_TEXT = Kind(str, "comma-separated names or files; empty for none")
 SWITCH = None                                              # a flag without a value
@@ -152,6 +157,8 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
                                             "prompts, or contexts when scoring"),
         "train_seqlen": (whole(4, 10**6), 64, "tokens per training row"),
         "lr": (POSITIVE, None, "peak learning rate; the method's own when absent"),
+        "weight_decay": (real(0, 1, "a number from 0 to 1"), 0.0, "AdamW's weight decay"),
+        "recipe": (TEXT, None, "all that a published setup states, where no flag says otherwise"),
         "accumulate": (whole(1, 65536), 1, "micro-batches per step"),
         "checkpointing": (SWITCH, False, "recompute blocks in the backward pass (less memory)"),
         "resume": (SWITCH, False, "go on with the checkpoints that a run which was cut off left in --out"),
@@ -179,6 +186,8 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
     },
     "output": {
         "out": (TEXT, None, "folder for what is written: new or empty"),
+        "shard": (Kind(shard, "I/N with 1 <= I <= N"), None,
+                  "measure every N-th row, from the I-th on, into an --out that all N runs share"),
     },
 }
 Flag = collections.namedtuple("Flag", "group kind default help")
@@ -380,21 +389,3 @@ def run(main):
             raise
         say("error", words)
         sys.exit(2)
-
-
-# --- 5. Progress --------------------------------------------------------------------------------------------
-
-class progress(tqdm):
-    """tqdm's bar on a terminal; elsewhere, in a log file say, one line a minute and none for short work."""
-
-    def __init__(self, *args, **kwargs):
-        self.live = sys.stderr.isatty()
-        slow = {} if self.live else {"mininterval": 60, "maxinterval": math.inf, "delay": 60, "miniters": 1}
-        super().__init__(*args, **{"leave": False, "dynamic_ncols": self.live, **slow, **kwargs})
-
-    def display(self, msg=None, pos=None):
-        """Draw the bar, or print it as a line."""
-        if self.live:
-            return super().display(msg, pos)
-        if msg is None:
-            print(str(self), file=sys.stderr, flush=True)

@@ -82,12 +82,13 @@ class Output:
 
 
 @contextlib.contextmanager
-def claim(out, resume=False, going_on=(), rows=False):
+def claim(out, resume=False, going_on=(), rows=False, part=""):
     """Claim the folder `out` for one run, before slow work. Yields an Output, or None when out is None.
 
     out: a new or an empty folder. resume: it holds a run that was cut off. going_on: names of files by which
     such a run is recognised, so that a new run is told how to go on. rows: the run keeps each row under a
     digest in rows/, so that it may go on in a folder that has one; tables made of rows are then written anew.
+    part: this run makes a part of the rows, beside runs that make other parts; each has a lock of its own.
     Raises UserError for anything that would fail later or lose something: a folder that holds something, no
     right to write, a file in the way, another run at work there.
     """
@@ -95,7 +96,7 @@ def claim(out, resume=False, going_on=(), rows=False):
         yield None
         return
     path = resolve(out)
-    with locked(path, out) as temporary:
+    with locked(path, out, part) as temporary:
         if not (rows and has_rows(path)):
             check_contents(path, out, resume, going_on)
         begun = path.is_dir() and any(path.iterdir())
@@ -134,11 +135,11 @@ def resolve(out):
 
 
 @contextlib.contextmanager
-def locked(path, out):
-    """Hold the lock file beside `path` and a temporary folder of this run; yield that folder."""
-    lock = path.with_name(f".{path.name}.lock")
+def locked(path, out, part=""):
+    """Hold the lock file (of this part) beside `path` and a temporary folder; yield that folder."""
+    lock = path.with_name(f".{path.name}{part and '.' + part}.lock")
     with contextlib.closing(open_lock(lock, out)) as file:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        temporary = lock.with_name(f"{lock.name.removesuffix('lock')}{secrets.token_hex(8)}.tmp")
         try:
             make_temporary(temporary, file, out)
             yield temporary

@@ -13,10 +13,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from idp_minimal import CACHE
-from support.cli import UserError, progress
+from support.cli import UserError
 from support.data import encode, first_token
 from support.files import finite
 from support.architectures import room
+from support.progress import progress
 
 TOKENS = 4096    # of one batch, padding and shared contexts included: what bounds memory is tokens, not rows
 

@@ -22,8 +22,9 @@ import sys
 
 import torch
 
-from support.cli import UserError, parse_flags, progress, refuse_given, run
+from support.cli import UserError, parse_flags, refuse_given, run
 from support.output import claim
+from support.progress import progress
 
 SEED = 0
 PEOPLE, UNKNOWN = 240, 30      # per domain: known (half shown, half held out) and unknown

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from conftest import ROOT
 from kill import run_forked
 from support import cli
-from support.cli import FLAGS, UserError, check_limits, parse_flags, progress, refuse_given
+from support.cli import FLAGS, UserError, check_limits, parse_flags, refuse_given
+from support.progress import progress
 
 DOC = "Test: a script."
 
