@@ -69,7 +69,7 @@ def test_functions_have_the_same_limits():
 
 
 SCRIPTS = ["idp_minimal.py", "compress.py", "recover.py", "evaluate.py"]
-EXPERIMENTS = ["latency", "patterns", "choosing", "sweep"]
+EXPERIMENTS = ["latency", "patterns", "choosing", "sweep", "reproduce"]
 
 
 @pytest.mark.parametrize("module", ["compress", "recover", "evaluate", *(f"experiments.{name}" for name in EXPERIMENTS)])

@@ -20,7 +20,7 @@ from support import cli
 from support.cli import FLAGS, SWITCH, flag_of
 
 MODULES = {"compress": ["--out", "new"], "recover": [], "evaluate": [], "experiments.latency": [], "experiments.choosing": [],
-           "experiments.sweep": ["rates"], "experiments.patterns": ["--adapter", "run/adapter/idp", "--out", "new"]}
+           "experiments.sweep": ["rates"], "experiments.reproduce": ["table1"], "experiments.patterns": ["--adapter", "run/adapter/idp", "--out", "new"]}
 
 
 # --- a folder with one good file of every kind -------------------------------------------------------------------------------
