@@ -2,7 +2,7 @@
 import copy
 import inspect
 import itertools
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from experiments.choosing import prompt_losses
 from conftest import ROOT, tiny_model, under
 from experiments.patterns import eager_attention
+from kill import run_forked
 from idp_minimal import (CACHE, SELECTORS, PromptBank, attach_idp, idp_reference, mean_attention, mean_logits, prompt_cache,
                          prompt_logits, prompt_probabilities, sdpa_attention_forward)
 from methods import selectors                              # noqa: F401, they join SELECTORS
@@ -712,9 +713,11 @@ def test_law_on_cuda():
 
 
 def test_demo_runs():
-    command = [sys.executable, str(ROOT / "idp_minimal.py")]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert out.returncode == 0, out.stderr
-    fused, slow = out.stdout.split("slow reference:")
-    assert slow.split("largest")[0].split() == fused.split("fused pass:")[1].split()
-    assert "fused pass against" in subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120).stdout
+    """As `python idp_minimal.py` runs it, in a child of this process, which has imported everything already."""
+    def script(argv):
+        sys.argv = ["idp_minimal.py", *argv]
+        runpy.run_path(str(ROOT / "idp_minimal.py"), run_name="__main__")
+    code, text = run_forked(script, [])
+    fused, slow = text.split("slow reference:")
+    assert code == 0 and slow.split("largest")[0].split() == fused.split("fused pass:")[1].split()
+    assert "fused pass against" in run_forked(script, ["--help"])[1]
