@@ -142,7 +142,7 @@ def train(args):
     """A step on batch x seqlen tokens, loss and gradients: our methods against PEFT's on the same model."""
     import peft
     generator, n = torch.Generator().manual_seed(args.seed), args.prompt_length
-    ids = torch.randint(1000, 2000, (args.batch_size, args.train_seqlen), generator=generator).to(args.device)
+    ids = torch.randint(3, 300, (args.batch_size, args.train_seqlen), generator=generator).to(args.device)
     fresh = lambda: load_model(args.model, args.device, args.dtype)[0]
     configs = {
         f"prompt of {n}": (lambda model: SoftPrompts(model, [n]),
