@@ -146,15 +146,18 @@ def check_model(model, name, settings):
 
 
 @torch.no_grad()
-def compress_model(model, tokenizer, name, calibration, device=None, grids=None, codes=True, **settings):
+def compress_model(model, tokenizer, name, calibration, device=None, grids=None, codes=True, observe=None,
+                   **settings):
     """Compress every linear layer of every block, in place; each block sees what compressed ones give out.
 
     calibration: (nsamples, seqlen) token ids. device: where blocks are worked on, one at a time; the model
     itself may stay on the CPU. grids: a dict that receives {layer path: Grid or None}; codes: with the codes,
-    which only packing needs (a byte a weight). settings: those of other compressors are ignored, so that one
-    set of flags serves all. Returns the report. tokenizer: unused, kept so that a compressor that needs text
-    can have it. Raises UserError for a name or a setting that does not exist or cannot work, and for a layer
-    whose weights or inputs are not finite.
+    which only packing needs (a byte a weight). observe: a function (path, W, Q, H), called after each layer,
+    for every compressor, with its dense and its compressed weights (out, in) and the H (in, in) of its inputs
+    in this walk: behind blocks that are compressed already. settings: those of other compressors are ignored,
+    so that one set of flags serves all. Returns the report. tokenizer: unused, kept so that a compressor that
+    needs text can have it. Raises UserError for a name or a setting that does not exist or cannot work, and
+    for a layer whose weights or inputs are not finite.
     """
     settings, start, layers = check_model(model, name, settings), time.time(), {}
     window = getattr(model.config, "sliding_window", None)
@@ -172,10 +175,12 @@ def compress_model(model, tokenizer, name, calibration, device=None, grids=None,
         H = hessians(block, hidden, kwargs)
         check_hessians(H, f"{prefix}.{i}")
         for layer_name, layer in linears_of(block).items():
-            path = f"{prefix}.{i}.{layer_name}"
+            path, W = f"{prefix}.{i}.{layer_name}", weight_of(layer)                           # (out, in)
             layers[path], grid = compress_layer(layer, H[layer_name], name, settings)
             if grids is not None:
                 grids[path] = grid and (grid if codes else dataclasses.replace(grid, code=None)).to("cpu")
+            if observe:
+                observe(path, W, weight_of(layer), H[layer_name])
         for j, x in enumerate(hidden):  # one by one: old and new states never stand side by side
             hidden[j] = block_output(block, x, kwargs)
         block.to(home)

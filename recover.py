@@ -7,19 +7,21 @@ is small:
     prefix   trained keys and values in every layer           (Li and Liang 2021; the paper's second baseline)
     idp      m soft prompts, learnt apart; each input chooses one; with each alone, and concatenated [Tab. 3]
     lora     W + (alpha / r) B A on some linear layers                    (Hu et al. 2021)
+    eora     the same, computed from the weights' error and not trained   (EoRA, arXiv 2410.21271)
 
     python recover.py --method idp                                 # toy model, CPU, no network, a minute
     python recover.py --method prompt,prefix,idp,lora --out runs/toy   # several in one table
     python recover.py --method lora --model facebook/opt-125m --compressor gptq --bits 3 --out runs/lora
     python recover.py --method prompt --model runs/compressed            # a folder that compress.py wrote
+    python recover.py --method lora,prompt --loss distill    # learn the dense model's guesses, not the text
 
 Writes, with --out DIR: adapter/ in PEFT's layout (adapter/METHOD/ when there are several), results.json,
 results.md, items.json. All methods see the same training tokens in the same order. Letters: B batch, T
 tokens, m prompts.
 """
 import contextlib
+import copy
 import functools
-import json
 import math
 import os
 import pathlib
@@ -37,13 +39,13 @@ from methods.registry import METHODS, load_adapter         # noqa: F401
 from methods.rounding import Grid
 from support import packing
 from support.architectures import check_room, pick_device
-from support.cli import Kept, UserError, flag_of, parse_flags, refuse_given, run, say
+from support.checkpoint import Checkpoint, put_back
+from support.cli import UserError, flag_of, parse_flags, refuse_given, run, say
 from support.data import check_text, load_tasks, load_text
-from support.files import Fields, Tensors, number, or_null, parse_json, whole_number
 from support.models import load_model
 from support.output import claim
 from support.progress import progress
-from support.recipe import difference, digest, recipe_of
+from support.recipe import digest, recipe_of
 
 
 # --- 1. One training loop for all ---------------------------------------------------------------------------
@@ -66,20 +68,14 @@ def snapshot(method):
     return {name: tensor.detach().clone() for name, tensor in method.tensors().items()}
 
 
-@torch.no_grad()
-def put_back(method, tensors):
-    """Write saved values into the trainables. tensors: {name: tensor}, of the trainables' own shapes."""
-    for name, tensor in method.tensors().items():
-        tensor.copy_(tensors[name])
-
-
 def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, checkpointing=False, saved=None,
-          save_every=50, resume=False, quiet=False, sample=batch_at, weight_decay=0.0):
+          save_every=50, resume=False, quiet=False, sample=batch_at, weight_decay=0.0, teacher=None):
     """AdamW on the method's trainables [§3.3]. ids: (tokens,) long on the CPU. Returns {"loss", "seconds",
     "tokens"}.
 
     sample: where a step's rows come from, a function like batch_at. saved: a Checkpoint, written every
-    `save_every` steps.
+    `save_every` steps. teacher: the dense model, another object than the method's; the loss is then the KL
+    divergence from its next-token distributions, on the same tokens.
 
     Raises UserError when the text is too short, the batch does not divide, or the loss stops being a number
     (the trainables then hold the last good state).
@@ -96,7 +92,7 @@ def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, chec
                 group["lr"] = learning_rate(step, steps, lr)
             # without non_blocking each step would wait for the one before
             rows = sample(ids, step, batch_size, seqlen, seed).to(device, non_blocking=device.type == "cuda")
-            total = one_step(method, optimizer, rows, accumulate)
+            total = one_step(method, optimizer, rows, accumulate, teacher)
             if step % 10 == 9 or step == steps - 1:    # reading the loss waits for the GPU: not at every step
                 loss = read_loss(method, total, good, lr, step)
                 good = snapshot(method)
@@ -106,11 +102,11 @@ def train(method, ids, steps, batch_size, seqlen, lr, seed=0, accumulate=1, chec
     return {"loss": loss, "seconds": time.time() - start, "tokens": steps * batch_size * seqlen}
 
 
-def one_step(method, optimizer, rows, accumulate):
+def one_step(method, optimizer, rows, accumulate, teacher=None):
     """One AdamW step on a batch. rows (B, T) -> its mean loss, a tensor still on the device."""
-    groups, total = method.groups(), 0
+    groups, total, learnt_from = method.groups(), 0, {"teacher": teacher} if teacher else {}
     for part in rows.chunk(accumulate):
-        losses = method.losses(part)                       # one a row, or with m prompts one a row and prompt
+        losses = method.losses(part, **learnt_from)        # one a row, or with m prompts one a row and prompt
         # each of the len(groups) prompts gets the mean over its own losses
         (losses.mean() * len(groups) / accumulate).backward()
         total = total + losses.detach().mean() / accumulate
@@ -146,61 +142,18 @@ def check_training(ids, batch_size, seqlen, accumulate):
                         f"{best}")
 
 
-class Checkpoint:
-    """A training state on disk: trainables, Adam's moments, step, last loss, and the recipe of it all."""
-
-    def __init__(self, out, name, recipe):
-        self.out, self.name, self.recipe = out, f"checkpoint-{name}.safetensors", recipe
-
-    def save(self, method, optimizer, step, loss):
-        """Write the state after `step` steps, whole or not at all."""
-        state = {name: t.detach().contiguous() for name, t in method.tensors().items()}
-        for name, tensor in method.tensors().items():
-            for moment in MOMENTS:
-                state[f"{moment}.{name}"] = optimizer.state[tensor][moment]
-        training = {"step": step, "loss": loss, "recipe": self.recipe}
-        self.out.tensors(self.name, state, {"training": json.dumps(training)})
-        Kept.words = (f"{self.out.path} holds a checkpoint of step {step}; go on with the same command and "
-                      "--resume")
-
-    def restore(self, method, optimizer):
-        """-> (the step to go on from, the last loss read); (0, None) without one. Raises UserError."""
-        path = self.out.path / self.name
-        if not path.exists():
-            return 0, None
-        with Tensors(path, "--resume") as file:
-            told = parse_json(file.metadata.get("training", ""), f"--resume {path}")
-            training = Fields(told, path, "--resume")
-            changed = difference(training.within("recipe").obj, self.recipe)
-            if changed:
-                raise UserError(f"--resume: the run in {self.out.path} is another one: {changed}; use the "
-                                "same flags, or a new --out")
-            prefixes = ("", *(f"{moment}." for moment in MOMENTS))
-            shapes = {f"{x}{name}": t.shape for name, t in method.tensors().items() for x in prefixes}
-            state = {name: file.read(name, shape) for name, shape in shapes.items()}
-            file.exactly(state)
-        step, loss = training("step", whole_number(1, 10**9)), training("loss", or_null(number(0, 1e9)))
-        put_back(method, state)
-        for name, tensor in method.tensors().items():
-            moments = {moment: state[f"{moment}.{name}"].to(tensor.device) for moment in MOMENTS}
-            optimizer.state[tensor] = {"step": torch.tensor(float(step)), **moments}
-        return step, loss
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")                        # Adam's, under torch's names
-
-
 # --- 2. The command -----------------------------------------------------------------------------------------
 
 METHOD_FLAGS = ("prompt_length", "prompt_lengths", "selector", "layers", "scores", "rank", "alpha", "targets",
                 "merge")
-TRAINING_FLAGS = ("steps", "batch_size", "train_seqlen", "lr", "weight_decay", "accumulate", "checkpointing")
+TRAINING_FLAGS = ("loss", "steps", "batch_size", "train_seqlen", "lr", "weight_decay", "accumulate",
+                  "checkpointing")
 TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "method", *METHOD_FLAGS,
          *TRAINING_FLAGS, "resume",
          "tasks", "limit", "eval_text", "eval_seqlen", "eval_context", "eval_chunks", "out"]
 CHOICES = {"compressor": compress.COMPRESSORS, "method": METHODS,
            "selector": sorted(set(SELECTORS) - {"oracle"}), "layers": ["every", "first"],
-           "scores": ["logits", "probabilities"]}
+           "scores": ["logits", "probabilities"], "loss": ["text", "distill"]}
 
 
 def parse(argv=None):
@@ -218,14 +171,31 @@ def check_job(args):
     if os.path.isfile(pathlib.Path(args.model, "compression.json")):
         refuse_given(args, set(compress.COMPRESSION_FLAGS),
                      f"{args.model} is compressed already, and its own recipe counts; leave it out")
+        refuse_without_dense(args)
     else:
         args.compression = compress.settings_from(args)    # raises UserError
     taken = {flag for name in args.method for flag in METHODS[name].flags}
     refuse_given(args, set(METHOD_FLAGS) - taken,
                  f"--method {','.join(args.method)} has no such setting; leave it out")
+    if untrained(args) == args.method:
+        refuse_given(args, set(TRAINING_FLAGS) - {"train_seqlen"},
+                     f"--method {','.join(args.method)} trains nothing; leave it out")
     for flag, name in (("text", args.text), ("eval_text", args.eval_text)):
         check_text(name, flag_of(flag))
     check_training(range(args.train_seqlen), args.batch_size, args.train_seqlen, args.accumulate)
+
+
+def untrained(args):
+    """The methods of a run that are computed while the model is compressed, and not trained."""
+    return [name for name in args.method if METHODS[name].rates is None]
+
+
+def refuse_without_dense(args):
+    """Raise UserError for what needs the dense model, which a folder that is compressed already has not."""
+    needs = [f"--method {name}" for name in untrained(args)] + ["--loss distill"] * (args.loss == "distill")
+    if needs:
+        raise UserError(f"{needs[0]}: needs the dense weights, and {args.model} is compressed already; give "
+                        "the dense model as --model, and --compressor")
 
 
 def fill_evaluation(args):
@@ -252,7 +222,7 @@ class Run:
         self.device = pick_device(args.device)
         self.tasks = load_tasks(args.tasks, args.limit)
         self.model, self.tokenizer = load_model(args.model, self.device, args.dtype)
-        self.grids, self.columns = {}, longest_prompt(args)
+        self.grids, self.columns, self.computed, self.teacher = {}, longest_prompt(args), {}, None
         self.check_model()
         self.train_ids = load_text(args.text, self.tokenizer, "train")
         check_training(self.train_ids, args.batch_size, args.train_seqlen, 1)
@@ -299,33 +269,56 @@ class Run:
         name, settings = self.args.compression
         ids = compress.calibration_ids(self.train_ids, self.args.nsamples, self.args.seqlen, self.args.seed)
         grids = {} if self.args.merge else None
+        self.prepare()
         report = compress.compress_model(self.model, self.tokenizer, name, ids, grids=grids, codes=False,
-                                         **settings)
+                                         observe=self.observe, **settings)
         self.grids = {path: grid for path, grid in (grids or {}).items() if grid}
         report["calibration"].update(text=self.args.text, seed=self.args.seed)
         say("compression", compress.summary(report))
         return report
 
+    def prepare(self):
+        """What is made of the dense model before it is compressed: methods that observe it, and for --loss
+        distill a copy, which costs the memory of its weights once more.
+        """
+        args = self.args
+        self.computed = {name: METHODS[name].build(self.model, **METHODS[name].settings(args), seed=args.seed)
+                         for name in untrained(args)}
+        self.teacher = copy.deepcopy(self.model) if args.loss == "distill" else None
+
+    def observe(self, *layer):
+        """Show a layer that was just compressed to every method that is computed from it."""
+        for method in self.computed.values():
+            method.observe(*layer)
+
+    def label(self, name, row):
+        """A row's name: of a method that was trained it says by which loss, unless that is the text's."""
+        return row if self.args.loss == "text" or name in self.computed else f"{row}, {self.args.loss}"
+
     def recover(self, name, weight_bytes, row=None):
         """Train one method and append its row, called `row` or as the method. -> the method."""
         args, entry = self.args, METHODS[name]
+        if name in self.computed:
+            self.measure(row or name, weight_bytes, self.computed[name])
+            return self.computed[name]
         settings = entry.settings(args)
         method = entry.build(self.model, **settings, seed=args.seed)
         lr = entry.rates["toy" if args.toy else "other"] if args.lr is None else args.lr
         saved = Checkpoint(self.out, name, self.training_recipe(name, settings, lr)) if self.out else None
         training = train(method, self.train_ids, args.steps, args.batch_size, args.train_seqlen, lr,
                          args.seed, args.accumulate, args.checkpointing, saved, resume=args.resume,
-                         weight_decay=args.weight_decay)
+                         weight_decay=args.weight_decay, teacher=self.teacher)
         parts = method.parts() if row is None and hasattr(method, "parts") else {}
         for part, alone in parts.items():
-            self.measure(part, weight_bytes, alone)
-        self.measure(row or name, weight_bytes, method, training={**training, "lr": lr})
+            self.measure(self.label(name, part), weight_bytes, alone)
+        self.measure(row or self.label(name, name), weight_bytes, method, training={**training, "lr": lr})
         return method
 
     def training_recipe(self, name, settings, lr):
         """Everything that decides what a training ends in."""
         args = self.args
         deciding = ("steps", "batch_size", "train_seqlen", "weight_decay", "accumulate", "seed")
+        deciding += ("loss",) * (args.loss != "text")      # as before there was another
         return {"method": name, "settings": settings, "lr": lr, "text": digest(self.train_ids),
                 "dtype": str(self.model.dtype), **{key: getattr(args, key) for key in deciding},
                 **recipe_of(self.model)}
@@ -378,7 +371,7 @@ def main(argv=None):
             if out:
                 save_adapter(out, method, "/".join(["adapter", *[name] * (len(args.method) > 1)]))
             if args.merge and "merge" in METHODS[name].flags:
-                job.merge(name, method, report)
+                job.merge(job.rows[-1]["row"], method, report)
         print(evaluate.format_table(job.rows))
         if out:
             files = evaluate.result_files(evaluate.command_line(), vars(args), job.device,

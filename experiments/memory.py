@@ -51,7 +51,8 @@ class Meter:
 
 def own_flags(parser):
     """What only this script asks."""
-    parser.add_argument("what", choices=["compress", *METHODS], help="which job")
+    trained = [name for name, entry in METHODS.items() if entry.rates]
+    parser.add_argument("what", choices=["compress", *trained], help="which job")
     parser.add_argument("--layers", type=int, default=None, help="blocks; all of the shape when absent")
     parser.add_argument("--no-checkpointing", action="store_true", help="training: keep all activations")
 

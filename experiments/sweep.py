@@ -1,6 +1,6 @@
 """Sweeps: the main job many times over, one table each.
 
-    python -m experiments.sweep rates                      # every method at several learning rates
+    python -m experiments.sweep rates                      # every trained method at several learning rates
     python -m experiments.sweep sizes --out runs/sizes     # quality against trainable parameters, a figure
     python -m experiments.sweep compressors                # every compressor at several settings, no recovery
 
@@ -71,6 +71,8 @@ class Sweep(recover.Run):
         super().__init__(args)                 # without out: a row is short, its training needs no checkpoint
         self.store = RowStore(out)
         deciding = {key: value for key, value in vars(args).items() if key not in FREE}
+        if args.loss == "text":                            # rows keep the digests of before there was another
+            del deciding["loss"]
         self.recipe = {**deciding, "train": digest(self.train_ids), "eval": digest(self.eval_ids),
                        "tasks": digest(self.tasks), "columns": self.columns,
                        "machine": device_name(self.device), "base": recipe_of(self.model)}
@@ -90,6 +92,7 @@ class Sweep(recover.Run):
 
     def recover(self, name, weight_bytes, row):
         """Train and measure, unless that row is there."""
+        row = self.label(name, row)
         if not self.stored(row):
             super().recover(name, weight_bytes, row)
 
@@ -108,6 +111,9 @@ def rates(job):
     """Every method at every rate. NOT IN PAPER: how the authors chose theirs."""
     weight_bytes = compressed(job)
     for name in job.args.method:
+        if name in job.computed:                           # nothing is trained: a row to compare with
+            job.recover(name, weight_bytes, name)
+            continue
         for job.args.lr in job.args.rates:
             job.recover(name, weight_bytes, f"{name}, lr {job.args.lr:g}")
 
@@ -224,7 +230,8 @@ def parse(argv=None):
     """The command line: the name of a sweep, and recover.py's flags. -> argparse.Namespace."""
     names = [name for name in recover.TAKES if name not in ("merge", "resume")] + ["only", "rates"]
     add = lambda parser: parser.add_argument("sweep", choices=sorted(SWEEPS), help="which table")
-    args = parse_flags(__doc__, names, argv, recover.CHOICES, {"method": list(METHODS)}, add=add)
+    trained = [name for name, entry in METHODS.items() if entry.rates]
+    args = parse_flags(__doc__, names, argv, recover.CHOICES, {"method": trained}, add=add)
     args.given.remove("sweep")
     args.merge = args.resume = False
     refuse_given(args, TAKES[args.sweep], f"the sweep {args.sweep} takes no such flag; leave it out")

@@ -151,9 +151,9 @@ class LoRA:
             for layer in self.layers.values():
                 layer.ready = None
 
-    def losses(self, ids):
+    def losses(self, ids, teacher=None):
         """ids (B, T) -> (B,)."""
-        return row_losses(self.model, ids, use_cache=False, **{CACHE: NoCache()})
+        return row_losses(self.model, ids, teacher=teacher, use_cache=False, **{CACHE: NoCache()})
 
     def tensors(self):
         """-> {name: tensor} under PEFT's names."""

@@ -72,14 +72,15 @@ class SoftPrompts:
         """One group per prompt: clipping must not couple prompts that learn separately."""
         return [[P] for P in self.prompts]
 
-    def losses(self, ids, owner=None):
+    def losses(self, ids, owner=None, teacher=None):
         """ids (B, T) -> (m B,): every row under every prompt. With owner (B,): row b under prompt owner[b] ->
         (B,).
 
         No prompt sees the rows that follow it: so each runs once a step, and its rows share keys and values.
         """
-        m = len(self.prompts)
+        m, copies = len(self.prompts), 1
         if owner is None:
+            copies = m                                     # the teacher reads each row once
             owner = torch.arange(m, device=ids.device).repeat_interleave(len(ids))
             ids = ids.repeat(m, 1)                                                             # (m B, T)
         (B, T), N = ids.shape, self.N
@@ -91,7 +92,7 @@ class SoftPrompts:
         # L pairs of (B, h_kv, N, d_k): each row gets its prompt's keys and values
         cache = DynamicCache([(layer.keys[owner], layer.values[owner]) for layer in cache.layers])
         mask = torch.cat([self.mask[owner], torch.ones_like(ids[:, 1:])], dim=1)        # (B, N+T-1)
-        return row_losses(self.model, ids, self.counted, attention_mask=mask, use_cache=True,
+        return row_losses(self.model, ids, self.counted, teacher, copies, attention_mask=mask, use_cache=True,
                           position_ids=positions[:, N:].expand(B, -1), **{CACHE: cache})
 
     def training(self):
@@ -228,12 +229,12 @@ class Prefix:
         bank = PromptBank([k.to(dtype) for k in self.keys], [v.to(dtype) for v in self.values], [n])
         return attach_idp(self.model, bank, "fixed")
 
-    def losses(self, ids):
+    def losses(self, ids, teacher=None):
         """ids (B, T) -> (B,)."""
         dtype, rows = self.model.dtype, len(ids)
         pairs = [(k.to(dtype).expand(rows, -1, -1, -1), v.to(dtype).expand(rows, -1, -1, -1))
                  for k, v in zip(self.keys, self.values)]  # L x (B, h_kv, n, d_k)
-        return row_losses(self.model, ids, use_cache=True, **{CACHE: DynamicCache(pairs)})
+        return row_losses(self.model, ids, teacher=teacher, use_cache=True, **{CACHE: DynamicCache(pairs)})
 
     def tensors(self):
         """-> {name: tensor}, what a checkpoint holds."""

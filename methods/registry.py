@@ -8,6 +8,7 @@ tests/test_methods.py, tests/test_adapters.py and tests/test_recover.py.
 import collections
 import functools
 
+from methods.eora import EoRA
 from methods.gptq import gptq, sparsegpt
 from methods.lora import LoRA, read_lora
 from methods.prompts import Prefix, SoftPrompts, read_idp, read_prefix, read_prompt
@@ -33,15 +34,16 @@ COMPRESSORS = {
 # --- Remedies ---------------------------------------------------------------------------------------------
 # build(model, **settings(args), seed=seed) gives an object with this interface:
 #     groups()         lists of trainables, each list clipped by its own norm
-#     losses(ids)      (B, T) -> (B,), one mean loss a row
+#     losses(ids, teacher=None)  (B, T) -> (B,), one mean loss a row; teacher: the dense model, or None
 #     training(), inference()    context managers under which the model is trained or used
 #     tensors()        {name: trainable}, what a checkpoint holds
 #     parts()          optional: {row: method} of what it is compared with, measured before it
+#     observe(path, W, Q, H)     of a method whose rates are None: called for each layer that is compressed
 #     save(folder)     the adapter's folder, by support.adapters.write_peft
 # flags: the names in support.cli.FLAGS that it takes. settings: args -> the constructor's arguments. rates:
-# its peak learning rate, on the toy model and on others. sizes: (flag, values) by which experiments make it
-# larger, or None. peft_type: what its folder's config says. read: (model, that config's Fields, folder) -> an
-# object.
+# its peak learning rate, on the toy model and on others; None: nothing is trained, and it is built before the
+# model is compressed, to observe that. sizes: (flag, values) by which experiments make it larger, or None.
+# peft_type: what its folder's config says. read: (model, that config's Fields, folder) -> an object.
 Method = collections.namedtuple("Method", "build flags settings rates sizes peft_type read")
 
 # NOT IN PAPER: the peak learning rates. Within 1 % of the lowest perplexity of `experiments.sweep rates`, one
@@ -72,6 +74,11 @@ def lora_settings(args):
     return {"r": args.rank, "alpha": args.alpha, "targets": args.targets}
 
 
+def eora_settings(args):
+    """--rank, --targets."""
+    return {"r": args.rank, "targets": args.targets}
+
+
 METHODS = {
     "prompt": Method(SoftPrompts, ("prompt_length",), prompt_settings, PROMPT_RATES,
                      ("prompt_length", (1, 4, 16, 64)), "PROMPT_TUNING", read_prompt),
@@ -81,6 +88,7 @@ METHODS = {
                   ("prompt_lengths", ([1, 2], [4, 8], [16, 32])), "IDP", read_idp),
     "lora": Method(LoRA, ("rank", "alpha", "targets", "merge"), lora_settings, LORA_RATES,
                    ("rank", (1, 2, 4, 8, 16)), "LORA", read_lora),
+    "eora": Method(EoRA, ("rank", "targets", "merge"), eora_settings, None, None, "LORA", read_lora),
 }
 
 

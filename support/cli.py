@@ -143,15 +143,17 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
         "selector": (TEXT, "mean_attention", "the rule by which IDP chooses"),
         "layers": (TEXT, "every", "which layers choose: every one for itself, or the first for all"),
         "scores": (TEXT, "logits", "what IDP's attention is: before the softmax, or after it"),
-        "rank": (COUNT, 8, "LoRA's r"),
+        "rank": (COUNT, 8, "LoRA's and EoRA's r"),
         "alpha": (POSITIVE, 16.0, "LoRA's scaling is alpha / r"),
-        "targets": (items(TEXT), None, "LoRA: names of linear layers, comma-separated; PEFT's defaults when "
-                                       "absent"),
-        "merge": (SWITCH, False, "LoRA: rows for the adapter merged into the weights, and merged then put "
-                                 "back on the grid or under the mask"),
+        "targets": (items(TEXT), None, "LoRA, EoRA: names of linear layers, comma-separated; PEFT's defaults "
+                                       "when absent, for EoRA all"),
+        "merge": (SWITCH, False, "LoRA, EoRA: rows for the adapter merged into the weights, and merged then "
+                                 "put back on the grid or under the mask"),
         "m": (whole(2, 1000), 4, "prompts in a set"),
     },
     "training": {
+        "loss": (TEXT, "text", "what is learnt: the text's next tokens, or the dense model's distributions "
+                               "of them (a second copy of its weights in memory)"),
         "steps": (COUNT, 200, "optimizer steps"),
         "batch_size": (whole(1, 65536), 16, "rows at a time: of a training step, shared out among IDP's "
                                             "prompts, or contexts when scoring"),

@@ -1,5 +1,6 @@
 """Contract tests over METHODS without the training loop: a new remedy is graded without editing a test."""
 import argparse
+import copy
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import DynamicCache
 from conftest import CONFIGS, tiny_model
 from idp_minimal import CACHE, PromptBank, attach_idp
 from methods.lora import LoRA, LoRALinear
-from methods.losses import NoCache, TokenLosses, row_losses
+from methods.losses import NoCache, TokenDivergences, TokenLosses, row_losses
 from methods.prompts import SoftPrompts
 from methods.registry import METHODS, load_adapter
 from support.cli import FLAGS, UserError
@@ -41,8 +42,12 @@ def slow_losses(logits, ids):
 def test_a_row_says_all_that_is_particular_to_a_method(name):
     row = METHODS[name]
     assert set(row.flags) <= set(FLAGS) and (row.sizes is None or row.sizes[0] in row.flags)
-    assert set(row.rates) == {"toy", "other"} and all(0 < rate < 1 for rate in row.rates.values())
-    assert [other.peft_type for other in METHODS.values()].count(row.peft_type) == 1, "whose is a folder?"
+    if row.rates is None:                                  # nothing is trained
+        assert callable(build(name, tiny_model("llama")).observe)
+    else:
+        assert set(row.rates) == {"toy", "other"} and all(0 < rate < 1 for rate in row.rates.values())
+    readers = {other.read for other in METHODS.values() if other.peft_type == row.peft_type}
+    assert readers == {row.read}, "whose is a folder?"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -55,7 +60,7 @@ def test_save_load_same_logits(name, any_model, tmp_path):
             expected = any_model(ids).logits
         method.save(tmp_path / "adapter")
         again = load_adapter(any_model, tmp_path / "adapter")
-        assert type(again) is type(method) and again.tensors().keys() == method.tensors().keys()
+        assert isinstance(method, type(again)) and again.tensors().keys() == method.tensors().keys()
         with again.inference():
             assert torch.equal(any_model(ids).logits, expected)
         assert not torch.allclose(any_model(ids).logits, expected, atol=1e-3), "the adapter does nothing"
@@ -117,6 +122,60 @@ def test_token_losses_equal_cross_entropy_and_so_do_their_gradients(tokens, bias
     assert torch.allclose(gradient, torch.autograd.grad((slow * weights).sum(), hidden)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [5, TokenLosses.CHUNK, 2 * TokenLosses.CHUNK + 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_token_divergences_equal_kl_div_and_so_do_their_gradients(tokens, bias):
+    """Of a teacher of another width, too: only the vocabulary is shared."""
+    torch.manual_seed(0)
+    head, dense_head = (nn.Linear(d, 50, bias=bias).double().requires_grad_(False) for d in (6, 9))
+    hidden = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
+    dense, weights = torch.randn(tokens, 9, dtype=torch.float64), torch.rand(tokens, dtype=torch.float64)
+    ours = TokenDivergences.apply(hidden, dense, head, dense_head)
+    gradient, = torch.autograd.grad((ours * weights).sum(), hidden)
+    student, teacher = head(hidden).log_softmax(1), dense_head(dense).log_softmax(1)
+    slow = nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(1)
+    assert torch.allclose(ours.double(), slow, atol=1e-5) and (slow > 0.01).all()
+    assert torch.allclose(gradient, torch.autograd.grad((slow * weights).sum(), hidden)[0], atol=1e-5)
+
+
+def test_a_model_diverges_from_itself_by_nothing():
+    head, hidden = nn.Linear(6, 50).requires_grad_(False), torch.randn(9, 6, requires_grad=True)
+    losses = TokenDivergences.apply(hidden, hidden.detach(), head, head)
+    gradient, = torch.autograd.grad(losses.sum(), hidden)
+    assert losses.abs().max() < 1e-6 and gradient.abs().max() < 1e-6
+
+
+def slow_divergences(dense, logits):
+    """The twin of distill: mean KL of the next-token distributions. dense, logits (B, T, V) -> (B,)."""
+    p, q = dense[:, :-1].log_softmax(-1), logits[:, :-1].log_softmax(-1)
+    return nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean(1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_distill_compares_what_is_used_with_the_dense_model(name, any_model):
+    """The teacher runs as it is, without prompt or adapter, and its gradient is nobody's."""
+    method = SoftPrompts(any_model, [5]) if name == "idp" else build(name, any_model)
+    teacher, ids = copy.deepcopy(any_model), ids_of(4, 10)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)
+        with method.inference():
+            used = slow_divergences(teacher(ids).logits, any_model(ids).logits)
+        with method.training():
+            assert torch.allclose(method.losses(ids, teacher=teacher), used, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(method.losses(ids), used, rtol=0.1), "the text's loss is another"
+
+
+def test_the_teacher_reads_each_row_once(monkeypatch):
+    """m prompts learn from the same B rows: every row under every prompt, against one reading of the dense model."""
+    method, teacher, ids = build("idp", tiny_model("llama")), tiny_model("llama", seed=1), ids_of(4, 10)
+    expected = torch.cat([method.losses(ids, torch.full((4,), k), teacher) for k in range(2)])
+    seen, forward = [], teacher.base_model.forward
+    monkeypatch.setattr(teacher.base_model, "forward", lambda rows, **kwargs: seen.append(rows) or forward(rows, **kwargs))
+    assert torch.allclose(method.losses(ids, teacher=teacher), expected, atol=1e-5)
+    assert len(seen) == 1 and torch.equal(seen[0], ids[:, :-1])
+
+
 def test_uniform_model_loses_log_vocabulary():
     head = nn.Linear(6, 50, bias=False).requires_grad_(False)
     nn.init.zeros_(head.weight)
@@ -132,6 +191,9 @@ def test_which_tokens_count():
         assert torch.allclose(row_losses(model, ids), slow_losses(logits, ids), atol=1e-5)
         last = row_losses(model, ids, slice(-1, None))
         assert torch.allclose(last, slow_losses(logits[:, -2:], ids[:, -2:]), atol=1e-5)
+        teacher = tiny_model("llama", seed=1)
+        last = row_losses(model, ids, slice(-1, None), teacher)
+        assert torch.allclose(last, slow_divergences(teacher(ids).logits[:, -2:], logits[:, -2:]), atol=1e-5)
 
 
 def test_a_cache_that_keeps_nothing_changes_nothing(any_model):

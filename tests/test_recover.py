@@ -78,12 +78,13 @@ def test_every_method_trains_every_architecture(name, arch):
 
 # --- prompts -----------------------------------------------------------------------------------------------------------------
 
-def test_prompts_learn_separately():
+@pytest.mark.parametrize("learnt_from", [{}, {"teacher": tiny_model("llama", seed=1)}], ids=["text", "distill"])
+def test_prompts_learn_separately(learnt_from):
     """m prompts side by side = m runs, each alone on every row [§3.3.1]. Also proves that padding leaks no gradient."""
     model = tiny_model("llama")
     both = SoftPrompts(model, [3, 5], seed=0)
     start = [P.detach().clone() for P in both.prompts]
-    fit(both, 5, batch_size=4)
+    fit(both, 5, batch_size=4, **learnt_from)
     for k in range(2):
         alone = SoftPrompts(model, [len(start[k])])
         with torch.no_grad():
@@ -91,14 +92,68 @@ def test_prompts_learn_separately():
         optimizer = torch.optim.AdamW(alone.prompts, lr=1e-2, weight_decay=0.0)
         for step in range(5):
             optimizer.param_groups[0]["lr"] = recover.learning_rate(step, 5, 1e-2)
-            alone.losses(batch_at(text(), step, 4, 12, 0)).mean().backward()
+            alone.losses(batch_at(text(), step, 4, 12, 0), **learnt_from).mean().backward()
             nn.utils.clip_grad_norm_(alone.prompts, 1.0)
             optimizer.step()
             optimizer.zero_grad()
         assert torch.allclose(both.prompts[k], alone.prompts[0], atol=1e-5)
 
 
-# --- LoRA --------------------------------------------------------------------------------------------------------------------
+# --- distill -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", sorted(name for name, entry in METHODS.items() if entry.rates))
+def test_distill_brings_a_method_nearer_to_the_dense_model(name):
+    """From another model's distributions; that model and the base weights stay bit for bit."""
+    model, teacher = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(parameter.abs() > parameter.abs().median())
+    before = {k: v.clone() for m in (model, teacher) for k, v in m.state_dict(prefix=f"{id(m)}.").items()}
+    method, ids = build(name, model), text()[:48].view(4, 12)
+    divergence = lambda: method.losses(ids, teacher=teacher).mean().item()
+    with torch.no_grad(), method.training():
+        first = divergence()
+    trained = fit(method, 40, lr=3e-2, teacher=teacher)
+    with torch.no_grad(), method.training():
+        assert divergence() < 0.95 * first and trained["loss"] < first
+    after = {k: v for m in (model, teacher) for k, v in m.state_dict(prefix=f"{id(m)}.").items()}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_distill_accumulates_and_checkpoints_the_same():
+    results = []
+    for settings in ({}, {"accumulate": 2}, {"checkpointing": True}):
+        method = build("idp", tiny_model("llama"))
+        fit(method, 3, teacher=tiny_model("llama", seed=1), **settings)
+        results.append(method.tensors())
+    for other in results[1:]:
+        assert all(torch.allclose(results[0][k], other[k], atol=1e-5) for k in other)
+
+
+def test_the_teacher_is_dense_and_a_row_says_the_loss(tmp_path, monkeypatch):
+    """The whole command: the copy is made before compression; a checkpoint of one loss is not the other's."""
+    seen, plain = [], recover.train
+
+    def noted(method, *args, teacher=None, **kwargs):
+        """train(), with the share of zeros in what it learns from and in what it trains on."""
+        zeros = [(m.model.layers[0].self_attn.q_proj.weight == 0).float().mean().item() for m in (teacher, method.model)]
+        seen.append(zeros)
+        return plain(method, *args, teacher=teacher, **kwargs)
+    monkeypatch.setattr(recover, "train", noted)
+    flags = ["--method", "eora,lora,idp", "--rank", "2", "--steps", "2", "--limit", "4", "--batch-size", "4", "--nsamples", "2"]
+    out = ["--out", str(tmp_path / "run")]
+    recover.main([*flags, "--loss", "distill", "--merge", *out])
+    assert len(seen) == 2 and all(dense < 0.01 and model > 0.3 for dense, model in seen)
+    rows = [row["row"] for row in json.loads((tmp_path / "run" / "results.json").read_text())["rows"]]
+    parts = [f"{part}, distill" for part in ("prompt 1 alone (8 tokens)", "prompt 2 alone (16 tokens)", "concatenated", "idp")]
+    assert rows == ["dense", "compressed", "eora", "eora merged", "eora merged, masked", "lora, distill", "lora, distill merged",
+                    "lora, distill merged, masked", *parts]
+    (tmp_path / "run" / "results.json").unlink()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match='--resume.*loss was "distill", now null'):
+        recover.main([*flags, "--resume", *out])
+
 
 # --- the loop ----------------------------------------------------------------------------------------------------------------
 
@@ -229,8 +284,8 @@ def test_the_command(method, tmp_path):
     """The whole job on the toy model with a tiny budget; then the adapter it wrote. One method in a process
     of its own, which imports everything anew, the others each in a child of this one."""
     out = tmp_path / "run"
-    flags = ["--method", method, "--steps", "3", "--limit", "8", "--out", str(out), "--nsamples", "4",
-             "--batch-size", "4"]
+    flags = ["--method", method, "--limit", "8", "--out", str(out), "--nsamples", "4"]
+    flags += ["--steps", "3", "--batch-size", "4"] if METHODS[method].rates else []
     if method == "idp":
         command = [sys.executable, str(ROOT / "recover.py"), *flags]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
