@@ -175,12 +175,11 @@ def compress_model(model, tokenizer, name, calibration, device=None, grids=None,
         H = hessians(block, hidden, kwargs)
         check_hessians(H, f"{prefix}.{i}")
         for layer_name, layer in linears_of(block).items():
-            path, W = f"{prefix}.{i}.{layer_name}", weight_of(layer)                           # (out, in)
-            layers[path], grid = compress_layer(layer, H[layer_name], name, settings)
+            path = f"{prefix}.{i}.{layer_name}"
+            see = observe and functools.partial(observe, path)
+            layers[path], grid = compress_layer(layer, H[layer_name], name, settings, see)
             if grids is not None:
                 grids[path] = grid and (grid if codes else dataclasses.replace(grid, code=None)).to("cpu")
-            if observe:
-                observe(path, W, weight_of(layer), H[layer_name])
         for j, x in enumerate(hidden):  # one by one: old and new states never stand side by side
             hidden[j] = block_output(block, x, kwargs)
         block.to(home)
@@ -197,8 +196,10 @@ def check_hessians(H, block):
                             "of the model")
 
 
-def compress_layer(layer, H, name, settings):
-    """Compress one linear layer in place. -> its lines of the report, its Grid or None."""
+def compress_layer(layer, H, name, settings, observe=None):
+    """Compress one linear layer in place; observe, if any, sees W, Q, H. -> its lines of the report, its Grid
+    or None.
+    """
     function, takes_H, takes = COMPRESSORS[name]
     W, details, start = weight_of(layer), {}, time.time()                                      # (out, in)
     Q = function(W, H, **settings, details=details) if takes_H else function(W, **settings, details=details)
@@ -208,6 +209,8 @@ def compress_layer(layer, H, name, settings):
     if "note" in details:
         row["note"] = details["note"]
     layer.weight.data = as_stored(layer, Q)
+    if observe:
+        observe(W, Q, H)
     return row, details.get("grid")
 
 

@@ -20,6 +20,7 @@ Without --recipe paper rates are each method's own, steps are --steps, and sizes
 (experiments/reproduce_plan.py). With it all that §3.3 states is taken, wherever no flag says otherwise. On
 the toy 3 bits hardly hurt: --bits 2 or --compressor magnitude give the remedies something to get back.
 """
+import copy
 import time
 
 import torch
@@ -69,11 +70,17 @@ class Reproduction(recover.Run):
         if spec.compression:
             flags += ["nsamples", "seqlen", "seed"]
             texts += ["train"]
-        if spec.method:
+        trained = self.is_trained(spec)
+        if trained:
             flags += ["steps", "batch_size", "train_seqlen", "accumulate", "weight_decay"]
+            flags += ["loss"] * (self.args.loss != "text")         # as before there was another
         recipe = {"spec": spec, **self.base, **{key: self.texts[key] for key in texts},
                   **{flag: getattr(self.args, flag) for flag in flags}}
-        return {**recipe, "lr": self.rate(spec.method)} if spec.method else recipe
+        return {**recipe, "lr": self.rate(spec.method)} if trained else recipe
+
+    def is_trained(self, spec):
+        """Is there something to train? Not for dense and compressed, and not for eora."""
+        return spec.method is not None and METHODS[spec.method].rates is not None
 
     def rate(self, method):
         """The peak learning rate of a method: --lr, or its own, for LoRA on all linears a tenth of it."""
@@ -109,24 +116,32 @@ class Reproduction(recover.Run):
         if missing:
             self.reference = Reference(
                 self.model, self.eval_ids, args.eval_seqlen, args.eval_context, args.eval_chunks)
+        if args.loss == "distill" and any(self.is_trained(spec) for spec, _ in missing):
+            self.teacher = copy.deepcopy(self.model)
         several = len(groups.keys() - {digest(None)}) > 1
         dense = weights_on_cpu(self.model) if several else None
         # the dense model first, as it is there
         for group in sorted(groups.values(), key=lambda group: group[0][0].compression is not None):
-            size, report = self.set_weights(group[0][0].compression, dense)
+            size, report = self.set_weights([spec for spec, _, _ in group], dense)
             for spec, label, number in group:
                 say("row", f"{number}: {label}")
                 self.measure_one(spec, label, size, report)
 
-    def set_weights(self, compression, dense):
-        """The model as a compression leaves it. -> bytes of its weights, what its own row says of it."""
-        if compression is None:
+    def set_weights(self, specs, dense):
+        """The model as the compression of these specs leaves it. -> bytes of its weights, what its own row
+        says of it. EoRA observes at the largest rank of the specs; the others are cut from that.
+        """
+        if specs[0].compression is None:
             return evaluate.weight_bytes(self.model), {}
         if dense:
             self.model.load_state_dict(dense)
-        name, settings = compression
+        wanted = [spec.settings for spec in specs if spec.method == "eora"]
+        largest = max(wanted, key=lambda settings: settings["r"], default=None)
+        self.computed = {"eora": METHODS["eora"].build(self.model, **largest)} if largest else {}
+        name, settings = specs[0].compression
         ids = compress.calibration_ids(self.train_ids, self.args.nsamples, self.args.seqlen, self.args.seed)
-        report = compress.compress_model(self.model, self.tokenizer, name, ids, codes=False, **settings)
+        report = compress.compress_model(self.model, self.tokenizer, name, ids, codes=False,
+                                         observe=self.observe, **settings)
         say("compression", compress.summary(report))
         brief = {key: value for key, value in report.items() if key != "layers"}
         return report["weight_bytes"], {"compression": brief}
@@ -135,11 +150,14 @@ class Reproduction(recover.Run):
         """Train what is to be trained, measure, keep. IDP's parts come before it."""
         if spec.method is None:
             return self.keep(spec, None, label, size, None, report)
+        if not self.is_trained(spec):
+            method = self.computed[spec.method].at_rank(spec.settings["r"])
+            return self.keep(spec, None, label, size, method, {})
         args, lr = self.args, self.rate(spec.method)
         method = METHODS[spec.method].build(self.model, **spec.settings, seed=spec.seed)
         training = recover.train(
             method, self.train_ids, args.steps, args.batch_size, args.train_seqlen, lr, spec.seed,
-            args.accumulate, args.checkpointing, weight_decay=args.weight_decay)
+            args.accumulate, args.checkpointing, weight_decay=args.weight_decay, teacher=self.teacher)
         parts = method.parts() if spec.method == "idp" else {}
         for part, one in {**parts, None: method}.items():
             self.keep(spec, part, label, size, one, {"training": {**training, "lr": lr}})
@@ -187,8 +205,10 @@ def training_in_words(job):
     args = job.args
     rates = ", ".join(f"{name} {job.rate(name):g}" for name in ("lora", "prompt", "prefix", "idp"))
     seeds = f"seed {args.seed}" if args.seeds == 1 else f"{args.seeds} seeds from {args.seed}"
+    loss = "" if args.loss == "text" else " Loss: KL divergence from the dense model (--loss distill)."
     return (f"Training: {args.steps} steps of {args.batch_size} x {args.train_seqlen} tokens of {args.text}, "
-            f"AdamW at {rates}, weight decay {args.weight_decay:g}, {seeds}. LoRA on all linears of a block.")
+            f"AdamW at {rates}, weight decay {args.weight_decay:g}, {seeds}. LoRA on all linears of a block."
+            + loss)
 
 
 def recipe_in_words(job):
@@ -209,6 +229,8 @@ def caption(job, name, lines, absent):
               f"{first['ppl_context']} of each read and not scored; KL on {first['kl_chunks']} of them")
     trained = [sizes_in_words(job), training_in_words(job)] if name != "fig2" else []
     trained += [recipe_in_words(job)] if job.args.recipe else []
+    if any(line.spec.method == "eora" for line in lines):
+        trained += ["EoRA, on the same layers, is computed from the error of each, and not trained."]
     missing = [f"Not there yet: {'; '.join(absent)}."] if absent else []
     return [f"{job.args.model}, {how}; {'; '.join(devices)}.", *trained,
             f"{chunks}. Questions: {counts or 'none'}.", *missing]

@@ -9,7 +9,7 @@ import math
 
 from experiments.sweep import describe
 from methods.lora import last_name, linears_in_blocks
-from methods.registry import COMPRESSORS
+from methods.registry import COMPRESSORS, METHODS
 
 
 # --- 1. What §3.3 states, and what it leaves open -----------------------------------------------------------
@@ -90,7 +90,9 @@ class Plan:
     def remedy(self, compression, method, size, part=None):
         """One remedy of one size, under every seed. size: tokens or rank; IDP's: (n_1, n_2)."""
         args, words = self.args, f"{'+'.join(map(str, size)) if method == 'idp' else size} tokens"
-        if method == "lora":                               # on all linears of a block [§3.3: its parameters]
+        if method == "eora":
+            settings, words = {"r": size, "targets": self.targets}, f"rank {size}"
+        elif method == "lora":                             # on all linears of a block [§3.3: its parameters]
             alpha = 2 * size if args.alpha is None else args.alpha
             settings, words = {"r": size, "alpha": alpha, "targets": self.targets}, f"rank {size}"
         elif method == "prefix":
@@ -99,8 +101,10 @@ class Plan:
             settings = {"lengths": [size]}
         else:
             settings = {"lengths": list(size), "layers": args.layers, "scores": args.scores}
-        label = f"{method}, {words}" + (f": {part}" if part else "")
-        seeds = range(args.seed, args.seed + args.seeds)
+        trained = METHODS[method].rates is not None
+        loss = f", {args.loss}" if trained and args.loss != "text" else ""
+        label = f"{method}, {words}{loss}" + (f": {part}" if part else "")
+        seeds = range(args.seed, args.seed + args.seeds) if trained else [None]        # nothing is random
         return Entry(label, [Spec(compression, method, settings, seed) for seed in seeds], part)
 
     def columns(self):
@@ -111,9 +115,10 @@ class Plan:
 # --- 3. Tables and figures ----------------------------------------------------------------------------------
 
 def remedies(plan, compressor):
-    """[Tab. 1] [Tab. 2] Every remedy at its three sizes, and IDP."""
+    """[Tab. 1] [Tab. 2] Every remedy at its three sizes, and IDP. NOT IN PAPER: eora, at LoRA's ranks."""
     compression, sizes = plan.compression(compressor), plan.sizes
-    kinds = {"lora": sizes.ranks, "prompt": sizes.prompts, "prefix": sizes.prefixes, "idp": [sizes.idp]}
+    kinds = {"lora": sizes.ranks, "eora": sizes.ranks, "prompt": sizes.prompts, "prefix": sizes.prefixes,
+             "idp": [sizes.idp]}
     rows = [plan.remedy(compression, method, size) for method, some in kinds.items() for size in some]
     return plan.frame(compression) + rows
 

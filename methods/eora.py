@@ -78,3 +78,12 @@ class EoRA(LoRA):
             B, A = eora(W.float() - Q.float(), H, layer.r)
             layer.B.copy_(B)
             layer.A.copy_(A)
+
+    @torch.no_grad()
+    def at_rank(self, r):
+        """The correction of a smaller rank: the first r columns of B and rows of A, as of any truncated SVD."""
+        smaller = EoRA(self.model, r, sorted({last_name(path) for path in self.layers}))
+        for path, layer in smaller.layers.items():
+            layer.B.copy_(self.layers[path].B[:, :r])
+            layer.A.copy_(self.layers[path].A[:r])
+        return smaller

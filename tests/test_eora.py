@@ -162,6 +162,16 @@ def test_targets_and_the_folder_are_loras(tmp_path):
         assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
 
 
+def test_a_smaller_rank_is_cut_from_a_larger_one():
+    _, method, seen = compressed_with("llama", targets=["v_proj", "up_proj"])
+    smaller = method.at_rank(2)
+    assert smaller.layers.keys() == method.layers.keys()
+    for path, layer in smaller.layers.items():
+        W, Q, H = seen[path]
+        B, A = eora(W - Q, H, 2)
+        assert torch.equal(layer.B, B) and torch.equal(layer.A, A) and (layer.r, layer.scaling) == (2, 1)
+
+
 def test_nothing_is_trained(monkeypatch):
     """The command measures what was computed: a training would be a mistake."""
     monkeypatch.setattr(recover, "train", None)

@@ -25,7 +25,7 @@ IDS = torch.randint(3, 97, (60,), generator=torch.Generator().manual_seed(0))
 TINY = ["--limit", "2", "--steps", "1", "--batch-size", "2", "--nsamples", "1", "--eval-seqlen", "16",
         "--seqlen", "16", "--train-seqlen", "16"]
 DENSE = ["dense", "compressed"]
-REMEDIES = [*(f"lora, rank {r}" for r in (1, 2, 3)), *(f"prompt, {n} tokens" for n in (4, 8, 16)),
+REMEDIES = [*(f"{name}, rank {r}" for name in ("lora", "eora") for r in (1, 2, 3)), *(f"prompt, {n} tokens" for n in (4, 8, 16)),
             *(f"prefix, {n} tokens" for n in (2, 4, 8)), "idp, 8+16 tokens"]
 PAIR = [f"idp, 8+16 tokens: {part}"
         for part in ("prompt 1 alone (8 tokens)", "prompt 2 alone (16 tokens)", "concatenated")]
@@ -71,7 +71,7 @@ def test_tables_differ_in_compression_and_share_the_rest(everything):
     assert one["compressed"]["seeds"][0]["compression"]["settings"]["bits"] == 3
     assert two["compressed"]["seeds"][0]["compression"]["settings"]["sparsity"] == 0.5
     assert two["lora, rank 3"]["parameters"] == 3 * two["lora, rank 1"]["parameters"]
-    assert len(list((everything / "rows").iterdir())) == 59, "one file a row, shared by the tables"
+    assert len(list((everything / "rows").iterdir())) == 65, "one file a row, shared by the tables"
 
 
 def test_columns_of_a_table(everything):
@@ -84,8 +84,8 @@ def test_columns_of_a_table(everything):
     assert row["seeds"][0]["kl"] > 0 and len(row["seeds"][0]["cosine"]["attention"]["layers"]) == 4
     tests = [set(row["tests"]) for row in result(everything, "table3")["rows"]]
     assert tests == [set(), set(), *[{"compressed"}] * 2, *[{"compressed", "small", "large"}] * 2]
-    rates = [row["seeds"][0]["training"]["lr"] for row in result(everything, "table1")["rows"][2:]]
-    assert rates == [0.001] * 3 + [0.1] * 7
+    trainings = [row["seeds"][0].get("training") for row in result(everything, "table1")["rows"][2:]]
+    assert [training and training["lr"] for training in trainings] == [0.001] * 3 + [None] * 3 + [0.1] * 7
     caption = " ".join(result(everything, "table1")["caption"])
     assert "IDP 8 16" in caption and "sqrt(64 / 4096)" in caption and "1 steps of 2 x 16 tokens" in caption
 
@@ -126,6 +126,24 @@ def test_nothing_is_measured_twice(tmp_path, measured):
     assert len(measured) == 6 and result(tmp_path / "out", "table3")["rows"] == first
     reproduce.main([*flags, "--lr", "0.02"])
     assert measured[6:] == [*PAIR, "idp, 8+16 tokens"], "another rate leaves dense and compressed as they are"
+    reproduce.main([*flags, "--loss", "distill"])
+    distilled = [row.replace("tokens", "tokens, distill", 1) for row in [*PAIR, "idp, 8+16 tokens"]]
+    assert measured[10:] == distilled and labels(tmp_path / "out", "table3") == [*DENSE, *distilled]
+    assert "--loss distill" in (tmp_path / "out" / "table3.md").read_text()
+
+
+def test_the_loss_decides_rows_that_are_trained_and_no_others():
+    """Rows of text have the digests that they had before there was another loss: no word of it is in them."""
+    text, distill = (reproduce.Reproduction(reproduce.parse(["table1", *TINY, "--loss", loss]), None)
+                     for loss in ("text", "distill"))
+    pairs = list(zip(text.entries["table1"], distill.entries["table1"], strict=True))
+    for one, other in pairs:
+        name = one.label.split(",")[0]
+        trained, recipe = name not in (*DENSE, "eora"), text.recipe(one.specs[0])
+        assert (text.recipe(other.specs[0]) == recipe) and "loss" not in recipe
+        assert distill.recipe(other.specs[0]) == ({**recipe, "loss": "distill"} if trained else recipe)
+        assert other.label == one.label + ", distill" * trained and ("lr" in recipe) == trained
+    assert len(pairs) == 15
 
 
 def test_it_goes_on_within_the_rows_of_one_training(tmp_path, measured, monkeypatch):
@@ -341,7 +359,8 @@ def test_the_paper_recipe_is_what_the_paper_states():
     assert plan.sizes == PAPER == ((25, 50, 100), (12, 25, 50), (2, 3, 4), (50, 100))
     assert plan.compression("gptq")[1]["bits"] == 3 and plan.compression("sparsegpt")[1]["sparsity"] == 0.5
     assert [entry.label for entry in PLANS["table1"](plan)][2:] == [
-        *(f"lora, rank {r}" for r in (2, 3, 4)), *(f"prompt, {n} tokens" for n in (25, 50, 100)),
+        *(f"{name}, rank {r}" for name in ("lora", "eora") for r in (2, 3, 4)),
+        *(f"prompt, {n} tokens" for n in (25, 50, 100)),
         *(f"prefix, {n} tokens" for n in (12, 25, 50)), "idp, 50+100 tokens"]
     typed = reproduce.parse(["table1", "--recipe", "paper", "--steps", "7", "--lr", "0.1"])
     assert (typed.lr, typed.steps, typed.weight_decay) == (0.1, 7, 1e-5)
