@@ -96,6 +96,7 @@ def test_no_interval_no_bar(tmp_path):
 
 @pytest.mark.parametrize("name, flags, rows", [
     ("rates", ["--method", "lora,prompt", "--rates", "0.01,0.1"], ["lora, lr 0.01", "lora, lr 0.1", "prompt, lr 0.01", "prompt, lr 0.1"]),
+    ("rates", ["--method", "eora,lora", "--rates", "0.01", "--loss", "distill"], ["eora", "lora, lr 0.01, distill"]),
     ("sizes", ["--method", "lora"], [f"lora, rank {r}" for r in (1, 2, 4, 8, 16)])])
 def test_rows_of_the_training_sweeps(name, flags, rows, tmp_path):
     sweep.main([name, *flags, *SMALL, "--out", str(tmp_path / "out")])
