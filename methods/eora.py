@@ -12,6 +12,8 @@ nothing of what the model should answer: what comes back with it was an error of
 Letters: r rank, W (out, in) dense, Q (out, in) compressed, E = W - Q, H (in, in) = mean of x x^T over
 calibration tokens, A (r, in), B (out, r), X (tokens, in) the layer's inputs.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -28,11 +30,9 @@ def roots(H):
     H = working(H)
     # H = U diag(lambda) U^T
     eigenvalues, U = torch.linalg.eigh(H)
-    zero = eigenvalues.amax() * len(H) * torch.finfo(H.dtype).eps
-    root = eigenvalues.clamp(min=0).sqrt()
-    inverse = torch.where(eigenvalues > zero, 1 / root, 0)                                     # (in,)
-    root = torch.where(eigenvalues > zero, root, 0)
-    # S = U diag(sqrt(lambda)),  S^+ = diag(1 / sqrt(lambda)) U^T
+    kept = eigenvalues > eigenvalues.amax() * len(H) * torch.finfo(H.dtype).eps                # (in,)
+    # S = U diag(sqrt(lambda)),  S^+ = diag(1 / sqrt(lambda)) U^T, which is 0 where lambda is
+    root, inverse = eigenvalues.where(kept, 0).sqrt(), eigenvalues.where(kept, math.inf).rsqrt()
     return U * root, inverse[:, None] * U.T
 
 
