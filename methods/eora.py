@@ -81,7 +81,7 @@ class EoRA(LoRA):
 
     @torch.no_grad()
     def at_rank(self, r):
-        """The correction of a smaller rank: the first r columns of B and rows of A, as of any truncated SVD."""
+        """The correction of a smaller rank: the first columns of B and rows of A, as of any truncated SVD."""
         smaller = EoRA(self.model, r, sorted({last_name(path) for path in self.layers}))
         for path, layer in smaller.layers.items():
             layer.B.copy_(self.layers[path].B[:, :r])
