@@ -17,6 +17,7 @@ A remedy brings something back if more lost items come back with it than with an
 Rows go to rows/ of --out one by one and the same command goes on, as in experiments.reproduce.
 """
 import collections
+import copy
 import itertools
 import time
 
@@ -60,6 +61,7 @@ class Flips(recover.Run):
         compress.refuse_compressed(self.model, args.model)
         self.store, self.plan = RowStore(out), plan(args.method, args.seed)
         self.dense = weights_on_cpu(self.model)
+        self.teacher = copy.deepcopy(self.model) if args.loss == "distill" else None
         free = ("method", "out", "given", "shard")         # which rows there are, not what is in them
         deciding = {key: value for key, value in vars(args).items() if key not in free}
         self.recipe = {**deciding, "train": digest(self.train_ids), "eval": digest(self.eval_ids),
@@ -101,7 +103,8 @@ class Flips(recover.Run):
             lr = entry.rates["toy" if args.toy else "other"] if args.lr is None else args.lr
             method = entry.build(self.model, **entry.settings(args), seed=model.seed)
             recover.train(method, self.train_ids, args.steps, args.batch_size, args.train_seqlen, lr,
-                          model.seed, args.accumulate, args.checkpointing, weight_decay=args.weight_decay)
+                          model.seed, args.accumulate, args.checkpointing, weight_decay=args.weight_decay,
+                          teacher=self.teacher)
         self.measure(model.label, weight_bytes, method, device=device_name(self.device))
         self.store.put(model.label, self.recipe, self.rows[-1])
 
@@ -202,7 +205,7 @@ TAKES = [*(name for name in recover.TAKES if name not in ("merge", "resume")), "
 
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError for anything that cannot work."""
-    choices = {**recover.CHOICES, "method": METHODS}
+    choices = {**recover.CHOICES, "method": [name for name, entry in METHODS.items() if entry.rates]}
     args = parse_flags(__doc__, TAKES, argv, choices, {"method": ["lora"]})
     args.merge = False
     recover.check_job(args)
