@@ -18,16 +18,14 @@ pass, so it costs no extra pass; what was not chosen is masked away.
 Letters: B batch, T input tokens, m prompts, n_k tokens of prompt k, N = max n_k, S = sum n_k, h heads, h_kv
 key heads, d width, d_k head width, L layers. A (B, h, T, S): attention of the input to prompt tokens.
 
-The paper's words allow several readings, and each is a setting: which layers choose (layers="every", the
-literal one, or "first", once for all layers), and what A is (scores="logits", before the softmax, where its
--inf is written, or "probabilities", one softmax over all prompts and the causal input).
-DEVIATES: nothing known. NOT IN PAPER marks what it leaves open.
+The paper's words allow several readings, and each is a setting: layers="every" chooses in each layer, the
+literal one, "first" once for all; scores="logits" takes A before the softmax, where the paper's -inf stands,
+"probabilities" after one over all prompts and the causal input. DEVIATES: nothing known.
 """
 import argparse
 import contextlib
 import inspect
 import uuid
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -45,46 +43,36 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 # (A_[Z_i : Z_j] = -inf), nor, under a causal mask, what follows: so each runs through the model once, ever,
 # and only its keys and values are kept.
 
-@dataclass
 class PromptBank:
-    """Keys and values of m prompts in every layer.
+    """Keys and values of m prompts: L tensors (m, h_kv, N, d_k) each, zeros left of a short prompt; m n_k."""
 
-    keys, values: L tensors (m, h_kv, N, d_k); a prompt shorter than N is padded with zeros on the left.
-    lengths: the m numbers n_k.
-    """
-    keys: list
-    values: list
-    lengths: list
-
-    def __post_init__(self):
-        device = self.keys[0].device
-        self.m, self.N = len(self.lengths), max(self.lengths)
-        lengths = torch.tensor(self.lengths, device=device)
-        # valid: (m, N) True where a column holds a prompt token; tokens: (S,) where those stand when (m, N)
-        # is flat; owner: (S,) the prompt of each, kept on the CPU so that no pass reads it back; mark: by
-        # this a cache, or a copy of one, knows the bank that filled it.
-        self.valid = torch.arange(self.N, device=device) >= self.N - lengths[:, None]
-        self.tokens = self.valid.flatten().nonzero()[:, 0]
-        self.owner = torch.arange(self.m).repeat_interleave(lengths.cpu())
-        self.mark, self.uneven = uuid.uuid4().hex, len(set(self.lengths)) > 1
-        # mean_keys: L x (m, h_kv, d_k) float32, the mean over a prompt's tokens; its padding is zero
-        self.mean_keys = [k.detach().float().sum(2) / lengths[:, None, None] for k in self.keys]
+    def __init__(self, keys, values, lengths):
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.m, self.N, self.uneven = len(lengths), max(lengths), len(set(lengths)) > 1
+        self.mark = uuid.uuid4().hex                       # by this a cache, or a copy of one, knows its bank
+        # (S,) the prompt of each token, on the CPU so that no pass reads it back
+        self.owner = torch.arange(self.m).repeat_interleave(torch.tensor(lengths))
+        n = torch.tensor(lengths, device=keys[0].device)[:, None]                                  # (m, 1)
+        self.valid = torch.arange(self.N, device=n.device) >= self.N - n   # (m, N) True at a prompt's token
+        self.tokens = self.valid.flatten().nonzero()[:, 0]   # (S,) where those stand when (m, N) is flat
+        # L x (m, h_kv, d_k) float32, the mean over a prompt's tokens; its padding is zero
+        self.mean_keys = [k.detach().float().sum(2) / n[..., None] for k in keys]
 
     @classmethod
     @torch.no_grad()
     def from_prompts(cls, model, prompts):
         """Run each prompt alone, once, and keep what it leaves in the cache. prompts: m tensors (n_k, d).
 
-        d is the width of the model's token embeddings, which in OPT-350m is narrower than its hidden size.
-        Raises ValueError when there is no prompt, or one has the wrong shape or a number that is not finite.
+        d is the width of the token embeddings, in OPT-350m not the hidden size. Raises ValueError when there
+        is no prompt, or one has the wrong shape or a number that is not finite.
         """
         embedding, shapes = model.get_input_embeddings().weight, [tuple(P.shape) for P in prompts]
-        if not prompts or any(len(x) != 2 or x[0] < 1 or x[1] != embedding.shape[1] for x in shapes):
-            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {embedding.shape[1]}), got "
-                             f"{shapes}")
+        d = embedding.shape[1]
+        if not prompts or any(len(x) != 2 or x[0] < 1 or x[1] != d for x in shapes):
+            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {d}), got {shapes}")
         if not all(P.to(embedding).isfinite().all() for P in prompts):
             raise ValueError(f"prompts must be finite numbers in the model's {embedding.dtype}")
-        N = max(len(P) for P in prompts)
+        N = max(map(len, prompts))
         layers = [prompt_cache(model, P, N) for P in prompts]                                 # m x L x (k, v)
         pad = lambda x: F.pad(x[0], (0, 0, N - x.shape[2], 0))                                # (h_kv, N, d_k)
         keys = [torch.stack([pad(k) for k, _ in layer]) for layer in zip(*layers)]     # L x (m, h_kv, N, d_k)
@@ -95,9 +83,8 @@ class PromptBank:
 def prompt_cache(model, P, N):
     """Keys and values of one prompt run alone. P: (n, d) -> L pairs of (1, h_kv, n, d_k).
 
-    NOT IN PAPER: prompts are right-aligned, at positions N-n .. N-1, so that the input always starts at N.
-    With relative positions (RoPE) this is exactly the prompt alone; a learned position table (OPT, GPT-2)
-    must be trained there too.
+    NOT IN PAPER: prompts are right-aligned, at positions N-n .. N-1, so that the input starts at N. With RoPE
+    this is exactly the prompt alone; a table of learned positions (OPT, GPT-2) must be trained there too.
     """
     weight, cache = model.get_input_embeddings().weight, DynamicCache()
     positions = torch.arange(N - len(P), N, device=weight.device)[None]                        # (1, n)
@@ -111,7 +98,7 @@ def prompt_cache(model, P, N):
 # one signature:  A (B, h, T, S), real (B, T) bool, owner (S,) -> (B, m).
 
 def prompt_logits(query, K_p, scaling):
-    """A before the softmax. query (B, h, T, d_k), K_p (B, h_kv, S, d_k) -> (B, h, T, S) float32."""
+    """A before the softmax. query (B, h, T, d_k), K_p (B or 1, h_kv, S, d_k) -> (B, h, T, S)."""
     K_p = K_p.repeat_interleave(query.shape[1] // K_p.shape[1], dim=1)                        # (B, h, S, d_k)
     # A_tj = q_t . k_j / sqrt(d_k)
     return (query @ K_p.transpose(2, 3)).float() * scaling
@@ -122,6 +109,16 @@ def prompt_probabilities(query, key, K_p, mask, scaling):
     own = prompt_logits(query, key, scaling).masked_fill(~mask, -torch.inf)                    # (B, h, T, T)
     logits = torch.cat([prompt_logits(query, K_p, scaling), own], dim=3)                     # (B, h, T, S+T)
     return logits.softmax(-1)[..., :K_p.shape[2]]
+
+
+def mean_attention(A, real, owner):
+    """The paper's rule: s_k = mean of A_[Z_k : X], over heads, input tokens and the n_k tokens of prompt k.
+
+    NOT IN PAPER: real tokens only, so that padding cannot change the choice.
+    """
+    a = (A.mean(1) * real[..., None]).sum(1) / real.sum(1, keepdim=True)                       # (B, S)
+    member = F.one_hot(owner).to(a, non_blocking=True)     # (S, m); a GPU need not be waited for
+    return a @ member / member.sum(0)                                                          # (B, m)
 
 
 def mean_logits(query, real, mean_keys, scaling):
@@ -136,32 +133,11 @@ def mean_logits(query, real, mean_keys, scaling):
     return torch.einsum("bhd,mhd->bm", mean_q, mean_keys) * scaling / mean_keys.shape[1]
 
 
-def per_prompt_mean(a, owner):
-    """Mean over the tokens of each prompt. a: (B, S) -> (B, m)."""
-    member = F.one_hot(owner).to(a, non_blocking=True)     # (S, m); a GPU need not be waited for
-    return a @ member / member.sum(0)
-
-
-def mean_attention(A, real, owner):
-    """The paper's rule: s_k = mean of A_[Z_k : X], over heads, input tokens and the n_k tokens of prompt k.
-
-    NOT IN PAPER: real tokens only, so that padding cannot change the choice.
-    """
-    a = (A.mean(1) * real[..., None]).sum(1) / real.sum(1, keepdim=True)                       # (B, S)
-    return per_prompt_mean(a, owner)
-
-
-def fixed_choice(A, real, owner, k=0):
-    """Control: prompt k for every sequence, a single soft prompt."""
-    return F.one_hot(torch.full((len(A),), k, device=A.device), int(owner[-1]) + 1).to(A)
-
-
-SELECTORS = {"mean_attention": mean_attention, "fixed": fixed_choice}      # methods/selectors.py adds more
+SELECTORS = {"mean_attention": mean_attention}             # methods/selectors.py adds others, and controls
 
 
 # --- 3. Choice, fused into the attention forward pass [§3.2: argmax; mask] [Fig. 4] -------------------------
-
-# What models hand on and attention may leave aside. IDP.check sees to a sliding window.
+# What models hand on and attention may leave aside (IDP.check sees to a sliding window); the rest is refused.
 UNDERSTOOD = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "num_items_in_batch",
               "sliding_window"}
 
@@ -177,52 +153,46 @@ def idp_attention(module, query, key, value, attention_mask, scaling=None, dropo
     unknown = [name for name in kwargs.keys() - UNDERSTOOD if kwargs[name] is not None]
     if unknown:                                            # such as s_aux of GPT-OSS, softcap of Gemma 2
         raise ValueError(f"attach_idp does not know what {unknown} asks of the attention of this model")
-    bank, i = idp.of.bank, module.layer_idx
+    bank, i, layer = idp.of.bank, module.layer_idx, idp.cache.layers[module.layer_idx]
     if idp.prefill:
-        idp.cache.layers[i].choice = choose_prompt(idp, module, query, key[:, :, bank.N:], scaling)    # (B,)
+        layer.choice = choose_prompt(idp, i, query, key[:, :, bank.N:], scaling)               # (B,)
         # `key` and `value` are the cache's own tensors: writing here leaves the winner in it, and no loser.
-        key[:, :, :bank.N] = bank.keys[i][idp.cache.layers[i].choice]                      # (B, h_kv, N, d_k)
-        value[:, :, :bank.N] = bank.values[i][idp.cache.layers[i].choice]
+        key[:, :, :bank.N] = bank.keys[i][layer.choice]                                    # (B, h_kv, N, d_k)
+        value[:, :, :bank.N] = bank.values[i][layer.choice]
     if bank.uneven:                                        # hide the padding of a short prompt
-        idp.mask[..., :bank.N] = bank.valid[idp.cache.layers[i].choice][:, None, None]
+        idp.mask[..., :bank.N] = bank.valid[layer.choice][:, None, None]
     return idp.of.attend(module, query, key, value, idp.mask, scaling=scaling, dropout=dropout)
 
 
-def choose_prompt(call, module, query, key, scaling):
-    """The prompt of each row in this layer: argmax_k s_k. query (B, h, T, d_k), key (B, h_kv, T, d_k) ->
-    (B,).
+def choose_prompt(call, i, query, key, scaling):
+    """Each row's prompt in layer i, argmax_k s_k. query (B, h, T, d_k), key (B, h_kv, T, d_k) -> (B,).
 
     Within generate only the n tokens of its input count, and the r rows (beams) that repeat an input share
     its choice. A later pass of generate(use_cache=False), and with layers="first" a later layer, chooses no
     more. NOT IN PAPER: a tie goes to the lowest k, so that runs repeat.
     """
-    idp, bank, asked, i = call.of, call.of.bank, call.asked, module.layer_idx
+    idp, bank, asked = call.of, call.of.bank, call.asked
     where, n, r = i if idp.layers == "every" else 0, asked.tokens, len(query) // asked.rows
-    if where not in asked.choices:
+    if where not in asked.made:
         q, real = query[::r, :, :n], call.real[::r, :n]                           # (B/r, h, n, d_k), (B/r, n)
-        if idp.rule is mean_attention and idp.scores_are == "logits":
+        if idp.rule is mean_attention and idp.reading == "logits":
             scores = mean_logits(q, real, bank.mean_keys[i], scaling)                          # (B/r, m)
         else:
-            flat = bank.keys[i].transpose(1, 2).flatten(0, 1)[bank.tokens]                    # (S, h_kv, d_k)
-            K_p = flat.transpose(0, 1).expand(len(q), -1, -1, -1)                        # (B/r, h_kv, S, d_k)
+            K_p = bank.keys[i].transpose(0, 1).flatten(1, 2)[None, :, bank.tokens]         # (1, h_kv, S, d_k)
             mask = call.mask[::r, :, :n, bank.N:bank.N + n]                                   # (B/r, 1, n, n)
-            A = (prompt_logits(q, K_p, scaling) if idp.scores_are == "logits" else
+            A = (prompt_logits(q, K_p, scaling) if idp.reading == "logits" else
                  prompt_probabilities(q, key[::r, :, :n], K_p, mask, scaling))                # (B/r, h, n, S)
             scores = idp.rule(A, real, bank.owner, **idp.options)                              # (B/r, m)
-        asked.scores[where], asked.choices[where] = scores, scores.argmax(1)
-    return asked.choices[where].repeat_interleave(r)
+        asked.made[where] = scores.argmax(1), scores
+    return asked.made[where][0].repeat_interleave(r)
 
 
 AttentionInterface.register("idp", idp_attention)          # no mask function of that name: the mask is ours
 
 
 # --- 4. Into a Hugging Face model ---------------------------------------------------------------------------
-
 class PromptCache(DynamicCache):
-    """A cache whose length leaves out its first N columns: the prompt that each row chose.
-
-    Each layer has its choice (B,): so copies of the layers have it, and it goes wherever the rows go.
-    """
+    """A cache whose length leaves out its first N columns, the prompt of each row: layer.choice (B,)."""
 
     def get_seq_length(self, layer_idx=0):
         return max(super().get_seq_length(layer_idx) - self.N, 0)
@@ -240,12 +210,11 @@ class PromptCache(DynamicCache):
         for layer in self.layers:
             layer.choice = layer.choice[indices]
 
-    def batch_repeat_interleave(self, repeats):
-        rows = torch.arange(len(self.layers[0].choice), device=self.layers[0].choice.device)
-        self.batch_select_indices(rows.repeat_interleave(repeats))
+    reorder_cache = batch_select_indices
 
-    def reorder_cache(self, beam_idx):
-        self.batch_select_indices(beam_idx)
+    def batch_repeat_interleave(self, repeats):
+        choice = self.layers[0].choice
+        self.batch_select_indices(torch.arange(len(choice), device=choice.device).repeat_interleave(repeats))
 
     def reset(self):
         self.__init__()                                    # older releases would keep columns of zeros
@@ -257,44 +226,41 @@ GENERATE = {"cache_implementation": (None, "dynamic"), "guidance_scale": (None, 
 
 
 class IDP:
-    """What `with attach_idp(...) as idp` gives: choice and scores of the last choice made.
+    """What attach_idp gives. Of the last choice made: choice (L, B), scores (L, B, m); "first": without L."""
 
-    layers="every": choice (L, B), scores (L, B, m). layers="first": (B,) and (B, m).
-    """
-
-    def __init__(self, bank, rule, layers, scores, attend, options):
-        self.bank, self.rule, self.layers, self.scores_are = bank, rule, layers, scores
+    def __init__(self, bank, rule, layers, reading, attend, options):
+        self.bank, self.rule, self.layers, self.reading = bank, rule, layers, reading
         self.attend, self.options = attend, options
-        self.asked = self.choice = self.scores = None
+        self.asked = self.choice = self.scores = None      # asked: the input of the generate that is running
 
     def before_forward(self, model, args, kwargs):
         """Forward pre-hook: make room for N prompt columns in cache, mask and positions."""
         kwargs, bank, device = by_name(model.forward, args, kwargs), self.bank, self.bank.valid.device
-        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]    # callers may use either
-        cache = next((c for c in caches if c is not None), None)
-        cache = DynamicCache() if cache is None else cache
+        caches = [*(kwargs.pop(name, None) for name in ("cache", "past_key_values")), DynamicCache()]
+        cache = next(c for c in caches if c is not None)   # callers may use either name
         mask = None if self.asked and self.asked.full else kwargs.get("attention_mask")
         B, T = next(kwargs[x] for x in ("input_ids", "inputs_embeds") if kwargs.get(x) is not None).shape[:2]
         prefill = DynamicCache.get_seq_length(cache) == 0
         past = 0 if prefill else cache.get_seq_length()                             # real tokens before these
-        asked = self.asked or SimpleNamespace(rows=B, tokens=T, choices={}, scores={})
+        asked = self.asked or SimpleNamespace(rows=B, tokens=T, made={})
         self.check(model, cache, prefill, B, past, T, mask)
-        if prefill and asked.choices and kwargs.get("use_cache") is not False:
+        if prefill and asked.made and kwargs.get("use_cache") is not False:
             raise ValueError("a second input within one generate: the first has chosen, this one cannot")
         if prefill:
             reserve_columns(cache, bank, B)
+        real = torch.ones(B, past + T, dtype=torch.bool, device=device) if mask is None else mask.bool()
         positions = kwargs.get("position_ids")             # the real tokens' own, from 0
         if positions is None:
-            positions = (torch.arange(past, past + T, device=device)[None] if mask is None else
-                         (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:])                   # (1 or B, T)
+            positions = (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]                     # (B, T)
         # call: what the attention layers of this pass share. prefill: choose, put the winners in the cache;
-        # mask (B, 1, T, N + past + T) bool, None when nothing is hidden; real (B, T) bool: tokens.
-        call = SimpleNamespace(of=self, asked=asked, cache=cache, prefill=prefill, mask=None, real=None)
+        # real (B, T) bool: tokens; mask (B, 1, T, N + past + T) bool, None when nothing is hidden.
+        call = SimpleNamespace(of=self, asked=asked, cache=cache, prefill=prefill, mask=None)
+        call.real = real[:, past:]
         # A GPU is not asked whether a mask hides anything: the answer would cost a wait at every token.
         hides = bank.uneven or mask is not None and (mask.is_cuda or not bool(mask.all()))
         if hides or T > 1 or prefill:                      # else one token that sees everything
-            real = torch.ones(B, past + T, dtype=torch.bool, device=device) if mask is None else mask.bool()
-            call.mask, call.real = visible(real, past, bank.N), real[:, past:]
+            before = real[:, None, None].expand(-1, -1, T, -1).tril(past)                # (B, 1, T, past + T)
+            call.mask = F.pad(before, (bank.N, 0), value=True)     # all prompt columns, tokens up to oneself
         # idp_attention reads call.mask; the model gets some 4-D mask, or GPT-2 looks for padding itself.
         kwargs.update({CACHE: cache}, attention_mask=bank.valid[None, None], idp=call,
                       position_ids=positions + bank.N)
@@ -303,8 +269,7 @@ class IDP:
     def after_forward(self, model, args, kwargs, output):
         """Forward hook: show the choice; give no cache to who wanted none."""
         if kwargs["idp"].prefill:
-            made = [torch.stack(list(by_layer.values())) for by_layer in
-                    (kwargs["idp"].asked.choices, kwargs["idp"].asked.scores)]
+            made = [torch.stack(x) for x in zip(*kwargs["idp"].asked.made.values())]
             self.choice, self.scores = made if self.layers == "every" else (x[0] for x in made)
         if kwargs.get("use_cache") is False and CACHE in output:
             return type(output)(**{name: value for name, value in output.items() if name != CACHE})
@@ -320,8 +285,8 @@ class IDP:
         if prefill and self.asked and T < self.asked.tokens:
             raise ValueError(f"prefill_chunk_size: {T} of {self.asked.tokens} tokens cannot choose for all")
         if mask is not None and mask.shape != (B, past + T):
-            raise ValueError(f"attention_mask must be (B, past + T) = {(B, past + T)} over real tokens, "
-                             f"without the prompt's columns; got {tuple(mask.shape)}")
+            raise ValueError(f"attention_mask must be {(B, past + T)}, without the prompt's columns, and is "
+                             f"{tuple(mask.shape)}")
         if model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules()):
             raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one off")
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
@@ -332,9 +297,9 @@ class IDP:
     def generate(self, model, plain, args, kwargs):
         """model.generate within the block: refuse what cannot be right, note the input, go on."""
         kwargs = by_name(plain, args, kwargs)
-        configs = [model.generation_config, kwargs.get("generation_config")]
-        sources = [vars(config) for config in configs if config] + [kwargs]
-        given = {name: x for source in sources for name, x in source.items() if x is not None}
+        configs = filter(None, [model.generation_config, kwargs.get("generation_config")])
+        given = {name: x for source in [*map(vars, configs), kwargs]
+                 for name, x in source.items() if x is not None}
         for name, known in GENERATE.items():
             if given.get(name) not in known:
                 raise ValueError(f"attach_idp cannot be right with generate({name}={given[name]!r})")
@@ -343,7 +308,7 @@ class IDP:
         inputs = [given[name] for name in ("inputs_embeds", "inputs", "input_ids") if name in given]
         (rows, tokens), before = inputs[0].shape[:2] if inputs else (1, 1), self.asked   # (1, 1): a BOS token
         full = "attention_mask" in given and bool(given["attention_mask"].all())      # later it grows by ones
-        self.asked = SimpleNamespace(rows=rows, tokens=tokens, full=full, choices={}, scores={})
+        self.asked = SimpleNamespace(rows=rows, tokens=tokens, full=full, made={})
         try:
             return plain(**kwargs)
         finally:
@@ -363,28 +328,19 @@ def reserve_columns(cache, bank, B):
     cache.__class__, cache.mark, cache.N = PromptCache, bank.mark, bank.N   # in place: the caller may hold it
 
 
-def visible(real, past, N):
-    """All N prompt columns, then real tokens up to oneself. -> (B, 1, T, N + past + T) bool."""
-    T = real.shape[1] - past
-    causal = torch.ones(T, real.shape[1], dtype=torch.bool, device=real.device).tril(past)     # (T, past + T)
-    return F.pad(causal[None, None] & real[:, None, None], (N, 0), value=True)
-
-
 @contextlib.contextmanager
 def attach_idp(model, bank, selector="mean_attention", layers="every", scores="logits",
                attend=sdpa_attention_forward, **options):
     """Within the block, model(...) and model.generate(...) choose and use a prompt from the bank.
 
-    selector: a key of SELECTORS, or a function with their signature; options go to it (fixed: k=; random:
-    generator=; oracle: loss=). layers, scores: the readings above. attend: the attention kernel. Gradients
-    flow to inputs and weights, and to a bank whose tensors require them.
-    A choice is made once per sequence, by the whole input of the first pass or of generate. Within the block:
-    right    model(...) with or without a cache; going on with the cache that a pass or generate returned, its
-             copies, after crop, with rows repeated or selected; an empty DynamicCache of one's own; generate:
-             greedy, sampling, beams, use_cache=False, prompt_lookup_num_tokens, assistant_model
-    refused  other caches (static, quantized, offloaded, filled elsewhere); prefill_chunk_size that splits the
-             input; guidance_scale, token_healing, custom_generate; gradient checkpointing; going on outside
-    Raises ValueError for these, an unknown selector or reading, a model whose attention cannot be replaced.
+    selector: a key of SELECTORS, or a function with their signature; options go to it. layers, scores: the
+    readings above [§3.2]. attend: the attention kernel. Gradients flow, also to a bank that requires them.
+    A choice is made once per sequence, by the whole input of the first pass or of generate.
+    Right: model(...) with or without a cache; going on with a cache of the block, its copies, after crop,
+    with rows repeated or selected; generate: greedy, sampling, beams, use_cache=False, assistant_model,
+    prompt_lookup_num_tokens. Raises ValueError for other caches (static, quantized, offloaded, filled
+    elsewhere), an input split by prefill_chunk_size, guidance_scale, token_healing, custom_generate, gradient
+    checkpointing, going on outside the block, and a model whose attention cannot be replaced.
     """
     rule = SELECTORS.get(selector, selector)
     if not callable(rule) or layers not in ("every", "first") or scores not in ("logits", "probabilities"):
@@ -412,25 +368,22 @@ def attach_idp(model, bank, selector="mean_attention", layers="every", scores="l
 
 
 # --- 5. The slow, obvious version: in each layer choose, then attend as if the losers were not there --------
-
 def reference_attention(module, query, key, value, mask, scaling=None, reference=None, **kwargs):
     """One sequence, no padding, cache or bank. reference: prompts' caches, reading, choices so far."""
+    caches, layers, scores, choices = reference
     group = query.shape[1] // key.shape[1]
-    choices, i, T = reference.choices, module.layer_idx, query.shape[2]
     repeat = lambda x: x[0].repeat_interleave(group, 0)                                    # (h, columns, d_k)
-    future = torch.ones(T, T, dtype=torch.bool, device=query.device).triu(1)
-    own = (query[0] @ repeat(key).transpose(1, 2)).float().mul(scaling).masked_fill(future, -torch.inf)
-    logits = [(query[0] @ repeat(cache[i][0]).transpose(1, 2)).float() * scaling
-              for cache in reference.caches]                                                # m x (h, T, n_k)
+    keys, values = zip(*(cache[module.layer_idx] for cache in caches), (key, value))       # the input's last
+    *logits, own = [(query[0] @ repeat(k).transpose(1, 2)).float() * scaling for k in keys]  # (h, T, columns)
+    own = own.masked_fill(torch.ones_like(own, dtype=torch.bool).triu(1), -torch.inf)          # (h, T, T)
     A = logits
-    if reference.scores == "probabilities":
-        sizes = [part.shape[2] for part in logits]
-        A = torch.cat([*logits, own], dim=2).softmax(2)[..., :-T].split(sizes, dim=2)        # m x (h, T, n_k)
+    if scores == "probabilities":
+        A = torch.cat([*logits, own], dim=2).softmax(2).split([k.shape[2] for k in keys], dim=2)[:-1]
     best = max(range(len(A)), key=lambda k: A[k].mean().item())
-    choices.append(choices[0] if choices and reference.layers == "first" else best)
-    k, v = (repeat(x) for x in reference.caches[choices[-1]][i])
-    P = torch.cat([logits[choices[-1]], own], dim=2).softmax(2).to(value.dtype)                # (h, T, n_k+T)
-    return (P @ torch.cat([v, repeat(value)], dim=1)).transpose(0, 1)[None], None
+    k = choices[0] if choices and layers == "first" else best
+    choices.append(k)
+    P = torch.cat([logits[k], own], dim=2).softmax(2).to(value.dtype)                          # (h, T, n_k+T)
+    return (P @ torch.cat([repeat(values[k]), repeat(value)], dim=1)).transpose(0, 1)[None], None
 
 
 AttentionInterface.register("idp_reference", reference_attention)
@@ -438,41 +391,38 @@ AttentionInterface.register("idp_reference", reference_attention)
 
 @torch.no_grad()
 def idp_reference(model, prompts, input_ids, attention_mask=None, layers="every", scores="logits"):
-    """What the fused pass must equal, under mean_attention. One sequence at a time.
+    """What the fused pass must equal, under mean_attention, one sequence at a time.
 
-    prompts: m tensors (n_k, d); input_ids, attention_mask (B, T). Returns logits (B, T, V), zero at padding,
-    and choice, (L, B) or (B,) as idp.choice.
+    prompts: m tensors (n_k, d); input_ids, attention_mask (B, T) -> logits (B, T, V), 0 at padding; choice.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     before, N, rows, choices = model.config._attn_implementation, max(map(len, prompts)), [], []
     caches = [prompt_cache(model, P, N) for P in prompts]
     model.set_attn_implementation("idp_reference")
     for ids, real in zip(input_ids, mask.bool()):
-        state = SimpleNamespace(caches=caches, layers=layers, scores=scores, choices=[])
+        choices.append([])
         positions = torch.arange(N, N + int(real.sum()), device=ids.device)[None]
-        out = model(ids[real][None], position_ids=positions, use_cache=False, reference=state,
-                    attention_mask=torch.ones(1, 1, 1, 1, device=ids.device)).logits[0]    # left alone
+        out = model(ids[real][None], position_ids=positions, use_cache=False,
+                    attention_mask=torch.ones(1, 1, 1, 1, device=ids.device),                     # left alone
+                    reference=(caches, layers, scores, choices[-1])).logits[0]
         rows.append(out.new_zeros(len(ids), out.shape[-1]))                                    # (T, V)
         rows[-1][real] = out
-        choices.append(state.choices)
     model.set_attn_implementation(before)
     choices = torch.tensor(choices, device=input_ids.device).T                                 # (L, B)
     return torch.stack(rows), choices if layers == "every" else choices[0]
 
 
 # --- 6. Demo ------------------------------------------------------------------------------------------------
-
 def demo():
     """Tiny random LLaMA, three prompts of unequal length, a padded batch: predict, then show."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0)).eval()
     prompts = [torch.randn(n, 64) for n in (4, 6, 8)]
     ids, mask = torch.randint(1, 100, (5, 12)), torch.ones(5, 12, dtype=torch.long)
-    mask[0, 8:] = 0                                        # a shorter sequence, padded on the right
-    mask[1, :4] = 0                                        # and one padded on the left
+    mask[0, 8:], mask[1, :4] = 0, 0                        # one padded on the right, one on the left
     with torch.no_grad(), attach_idp(model, PromptBank.from_prompts(model, prompts)) as idp:
         logits = model(ids, attention_mask=mask).logits    # (5, 12, 100)
     expected, choice = idp_reference(model, prompts, ids, mask)

@@ -1,13 +1,13 @@
-"""Selectors: other rules to choose a prompt by than the paper's, and controls. They join
-idp_minimal.SELECTORS.
+"""Selectors: rules to choose by other than the paper's, and controls, which join idp_minimal.SELECTORS.
 
 All have one signature:  A (B, h, T, S), real (B, T) bool, owner (S,) -> (B, m); the largest score wins. A is
 what layers= and scores= of attach_idp say.
 EXERCISE: add a rule. One function, one line in the update below; the tests of the law pick it up.
 """
 import torch
+import torch.nn.functional as F
 
-from idp_minimal import SELECTORS, mean_attention, per_prompt_mean
+from idp_minimal import SELECTORS, mean_attention
 
 
 def total_attention(A, real, owner):
@@ -23,8 +23,13 @@ def max_attention(A, real, owner):
 
 def last_token(A, real, owner):
     """s_k = mean of A over heads and prompt tokens, for the last real input token alone."""
-    last = real.shape[1] - 1 - real.flip(1).long().argmax(1)                                   # (B,)
-    return per_prompt_mean(A.mean(1)[torch.arange(len(A), device=A.device), last], owner)
+    t = torch.arange(real.shape[1], device=real.device)    # (T,)
+    return mean_attention(A, t == (t * real).argmax(1, keepdim=True), owner)
+
+
+def fixed_choice(A, real, owner, k=0):
+    """Control: prompt k for every sequence, a single soft prompt."""
+    return F.one_hot(torch.full((len(A),), k, device=A.device), int(owner[-1]) + 1).to(A)
 
 
 def random_choice(A, real, owner, generator=None):
@@ -38,4 +43,4 @@ def oracle_choice(A, real, owner, loss=None):
 
 
 SELECTORS.update(total_attention=total_attention, max_attention=max_attention, last_token=last_token,
-                 random=random_choice, oracle=oracle_choice)
+                 fixed=fixed_choice, random=random_choice, oracle=oracle_choice)

@@ -123,9 +123,10 @@ def test_the_mean_of_products_is_a_product_of_means():
     """mean_logits, which never makes A, against mean_attention on A: heads that share keys, padding, unequal lengths."""
     torch.manual_seed(0)
     lengths, h, h_kv, d_k = (2, 5, 3), 6, 2, 8
-    bank = PromptBank([torch.randn(3, h_kv, 5, d_k)], [torch.randn(3, h_kv, 5, d_k)], list(lengths))
-    bank.keys[0][~bank.valid[:, None].expand(3, h_kv, 5)] = 0
-    bank.__post_init__()
+    keys = torch.randn(3, h_kv, 5, d_k)
+    for k, n in enumerate(lengths):
+        keys[k, :, :5 - n] = 0
+    bank = PromptBank([keys], [keys], list(lengths))
     query, real = torch.randn(4, h, 7, d_k), torch.rand(4, 7) < 0.6
     real[:, 0] = True
     K_p = torch.cat([bank.keys[0][k, :, 5 - n:] for k, n in enumerate(lengths)], dim=1).expand(4, -1, -1, -1)
