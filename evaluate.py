@@ -111,11 +111,11 @@ def multiple_choice(model, tokenizer, rows, batch_size=16, max_length=None):
     pairs = [choice_pairs(row) for row in rows]
     scores = scores_of_pairs(model, tokenizer, pairs, batch_size, max_length, "choices")
     logp = [[score for score, _ in row] for row in scores]
-    best = lambda values: max(range(len(values)), key=values.__getitem__)
-    correct = [best(scores) == row["answer"] for scores, row in zip(logp, rows)]
     per_character = [[s / max(1, len(choice)) for s, choice in zip(scores, row["choices"])]
                      for scores, row in zip(logp, rows)]
-    correct_norm = [best(scores) == row["answer"] for scores, row in zip(per_character, rows)]
+    best = lambda values: max(range(len(values)), key=values.__getitem__)
+    correct, correct_norm = ([best(scores) == row["answer"] for scores, row in zip(kind, rows)]
+                             for kind in (logp, per_character))
     norm = accuracy(correct_norm)
     return {**accuracy(correct), "acc_norm": norm["acc"], "acc_norm_ci95": norm["ci95"],
             "correct": correct, "correct_norm": correct_norm, "logp": logp}
@@ -226,7 +226,7 @@ def load_scored_text(name, tokenizer):
 
 def weight_bytes(model):
     """Bytes of all parameters as they are in memory, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def row_cells(row, word_ppl):
@@ -272,14 +272,10 @@ TAKES = ["model", "device", "dtype", "seed", "text", "tasks", "limit", "adapter"
          "eval_context", "batch_size", "word_ppl", "out"]
 
 
-def compare_flag(parser):
-    """The one flag that makes this script another job."""
-    parser.add_argument("--compare", nargs=2, metavar="RESULTS",
-                        help="two results.json, or one twice: which differences are real")
-
-
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError for what cannot work."""
+    words = "two results.json, or one twice: which differences are real"
+    compare_flag = lambda parser: parser.add_argument("--compare", nargs=2, metavar="RESULTS", help=words)
     args = parse_flags(__doc__, TAKES, argv, add=compare_flag)
     if args.compare:
         refuse_given(args, TAKES, "--compare reads two runs and takes no other flag; leave it out")
@@ -334,8 +330,7 @@ def evaluate_command(args, out):
     with method.inference() if method else contextlib.nullcontext() as attached:
         columns = prompt_columns(attached)
         if columns and not args.eval_context and attached.bank.m > 1:
-            raise UserError("--eval-context 0: these prompts are chosen by the context, and there is none; "
-                            "use at least 1")
+            raise UserError("--eval-context 0: these prompts are chosen by the context; use at least 1")
         scores = evaluate_model(model, tokenizer, ids, tasks, args.eval_seqlen, args.batch_size, args.limit,
                                 columns, args.eval_context)
         if args.word_ppl:

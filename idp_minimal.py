@@ -285,8 +285,8 @@ class IDP:
         if prefill and self.asked and T < self.asked.tokens:
             raise ValueError(f"prefill_chunk_size: {T} of {self.asked.tokens} tokens cannot choose for all")
         if mask is not None and mask.shape != (B, past + T):
-            raise ValueError(f"attention_mask must be {(B, past + T)}, without the prompt's columns, and is "
-                             f"{tuple(mask.shape)}")
+            raise ValueError(f"attention_mask must be (B, past + T), {(B, past + T)}, without the prompt's "
+                             f"columns; got {tuple(mask.shape)}")
         if model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules()):
             raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one off")
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
@@ -335,12 +335,10 @@ def attach_idp(model, bank, selector="mean_attention", layers="every", scores="l
 
     selector: a key of SELECTORS, or a function with their signature; options go to it. layers, scores: the
     readings above [§3.2]. attend: the attention kernel. Gradients flow, also to a bank that requires them.
-    A choice is made once per sequence, by the whole input of the first pass or of generate.
-    Right: model(...) with or without a cache; going on with a cache of the block, its copies, after crop,
-    with rows repeated or selected; generate: greedy, sampling, beams, use_cache=False, assistant_model,
-    prompt_lookup_num_tokens. Raises ValueError for other caches (static, quantized, offloaded, filled
-    elsewhere), an input split by prefill_chunk_size, guidance_scale, token_healing, custom_generate, gradient
-    checkpointing, going on outside the block, and a model whose attention cannot be replaced.
+    A choice is made once per sequence, by the whole input of the first pass or of generate (greedy, sampling,
+    beams, assisted, use_cache=False). The cache keeps it, also copied, cropped, with rows repeated or chosen.
+    Raises ValueError for what would lose it or choose by less: caches of another kind or filled elsewhere, an
+    input split by prefill_chunk_size, gradient checkpointing, going on outside, settings that GENERATE names.
     """
     rule = SELECTORS.get(selector, selector)
     if not callable(rule) or layers not in ("every", "first") or scores not in ("logits", "probabilities"):

@@ -64,6 +64,9 @@ def second_order(W, H, bits=None, group_size=64, sym=False, act_order=False, per
     its diagonal entry of U, is spread over the columns that are still to come. Zeros of W stay zeros. Returns
     None when H cannot be factorised, or the corrections overflow.
     """
+    check_weights(W)
+    if block_size < 1:
+        raise UserError(f"block_size {block_size}: must be at least 1; use for example 128")
     columns = W.shape[1]
     m = split_pattern(pattern, columns, group_size if bits else -1)[1] if pattern else 1
     H, order, width = working(H).clone(), None, group_width(group_size, columns)
@@ -166,12 +169,6 @@ class Columns:
                     self.group, self.bits, self.sym, None if static_groups else order)
 
 
-def check_block_size(block_size):
-    """Raise UserError for a lazy block without columns."""
-    if block_size < 1:
-        raise UserError(f"block_size {block_size}: must be at least 1; use for example 128")
-
-
 def gptq(W, H, bits=3, group_size=64, sym=False, act_order=False, percdamp=0.01, block_size=128,
          static_groups=False, mse=False, details=None):
     """GPTQ [GPTQ Alg. 1]. W (out, in), H (in, in) -> Q, same shape and dtype as W.
@@ -182,8 +179,6 @@ def gptq(W, H, bits=3, group_size=64, sym=False, act_order=False, percdamp=0.01,
     as when H or the corrections overflow, RTN, and details["note"] says so.
     """
     check_limits(bits=bits, group_size=group_size, percdamp=percdamp)
-    check_block_size(block_size)
-    check_weights(W)
     details = {} if details is None else details
     Q = second_order(W, H, bits, group_size, sym, act_order, percdamp, block_size,
                      static_groups=static_groups, mse=mse, details=details)
@@ -203,8 +198,6 @@ def sparsegpt(W, H, sparsity=0.5, pattern=None, percdamp=0.01, block_size=128, b
     """
     check_limits(pattern=pattern, percdamp=percdamp, bits=bits, group_size=group_size)
     check_share(sparsity)
-    check_block_size(block_size)
-    check_weights(W)
     details = {} if details is None else details
     Q = second_order(W, H, bits, group_size, sym, False, percdamp, block_size, None if pattern else sparsity,
                      pattern, mse=mse, details=details)

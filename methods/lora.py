@@ -17,11 +17,10 @@ from idp_minimal import CACHE
 from methods.losses import NoCache, row_losses
 from support.adapters import ALPHA, LORA, RANK, by_pattern, check_keys, open_weights, read_tensor, write_peft
 from support.cli import UserError
-from support.architectures import arch_of, blocks_of, linears_of, weight_of
+from support.architectures import arch_of, linears_in_blocks, weight_of
 
 
 # --- 1. One layer -------------------------------------------------------------------------------------------
-
 
 class LoRALinear(nn.Module):
     """y = x W^T + s x A^T B^T, with W frozen. [Hu et al. 2021]
@@ -88,13 +87,6 @@ class LoRALinear(nn.Module):
 
 
 # --- 2. A model's layers ------------------------------------------------------------------------------------
-
-def linears_in_blocks(model):
-    """{name in the model: layer} of the linear layers of all blocks: never lm_head or the embeddings."""
-    path, blocks = arch_of(model).blocks, blocks_of(model)
-    return {f"{path}.{i}.{name}": linear for i, block in enumerate(blocks)
-            for name, linear in linears_of(block).items()}
-
 
 def last_name(name):
     """'model.layers.0.self_attn.q_proj' -> 'q_proj'."""
@@ -233,18 +225,13 @@ def check_targets(config, names, linears):
         return
     for name in linears:
         meant = any(name == target or name.endswith(f".{target}") for target in targets)
-        meant = meant and (not indices or block_of(name) in indices)
+        meant = meant and (not indices or int(re.search(r"\.(\d+)\.", name)[1]) in indices)
         if name in names and not meant:
             raise UserError(f"{config.where}: target_modules and layers_to_transform do not mean {name}, of "
                             "which there are tensors; copy the whole adapter again")
         if meant and name not in names and not config.obj.get("exclude_modules"):
             raise UserError(f"{config.where}: target_modules means {name} too, of which there are no "
                             "tensors; copy the whole adapter again")
-
-
-def block_of(name):
-    """'model.layers.11.self_attn.q_proj' -> 11."""
-    return int(re.search(r"\.(\d+)\.", name)[1])
 
 
 def read_layer(file, name, linear, r, alpha, rslora):

@@ -16,12 +16,13 @@ from transformers import DynamicCache
 from idp_minimal import CACHE, SELECTORS, PromptBank, attach_idp, prompt_cache
 from methods import selectors                          # noqa: F401, more rules join SELECTORS
 from methods.losses import row_losses
-from support.adapters import (IDP, IDP_CONFIG, PREFIX_TUNING, PROMPT_TUNING, SIZE, base_of, check_keys,
-                              check_prompt_room, folder_inside, open_weights, read_config, read_tensor,
-                              same_as, write_peft, write_recipe)
+from support.adapters import (IDP, IDP_CONFIG, PREFIX_TUNING, PROMPT_TUNING, RECIPE, SIZE, base_of,
+                              check_keys, check_prompt_room, folder_inside, open_weights, read_config,
+                              read_tensor, same_as, write_peft)
 from support.cli import UserError
 from support.files import one_of
 from support.output import write_json
+from support.recipe import recipe_of
 
 
 # --- 1. Soft prompts ----------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ class SoftPrompts:
         write_json(folder / IDP_CONFIG, {
             "method": "idp", **self.reading, "lengths": self.lengths,
             "prompts": [f"prompts/{k}" for k in range(len(self.prompts))], **base_of(self.model)})
-        write_recipe(folder, self.model)
+        write_json(folder / RECIPE, recipe_of(self.model))
 
     def save_prompt(self, folder, P):
         """One soft prompt in PEFT's PROMPT_TUNING layout."""
@@ -178,14 +179,10 @@ def read_idp(model, config, folder):
     reading = {"selector": config("selector", one_of(*STORED_SELECTORS)),
                "layers": config("layers", IDP["layers"], "first"),
                "scores": config("scores", IDP["scores"], "probabilities")}
-    if len(lengths) != len(names):
-        raise UserError(f"{config.where}: lengths has {len(lengths)} numbers for {len(names)} prompts; copy "
-                        "the whole adapter again")
     prompts = [read_member(model, config, folder, name) for name in names]
-    for name, n, P in zip(names, lengths, prompts):
-        if len(P) != n:
-            raise UserError(f"{config.where}: lengths says {n} for {name}, which has {len(P)} tokens; copy "
-                            "the whole adapter again")
+    if lengths != [len(P) for P in prompts]:
+        raise UserError(f"{config.where}: lengths is {str(lengths)[:60]}, and the prompts have "
+                        f"{str([len(P) for P in prompts])[:60]} tokens; copy the whole adapter again")
     return soft_prompts_from(model, prompts, **reading)
 
 
@@ -194,8 +191,7 @@ def read_member(model, config, folder, name):
     inner = folder_inside(folder, name, config.where)
     inner_config, kind = read_config(inner)
     if kind != "PROMPT_TUNING":
-        raise UserError(f"{inner_config.where}: peft_type {kind[:40]} in a set of prompts; it must be "
-                        "PROMPT_TUNING")
+        raise UserError(f"{inner_config.where}: peft_type is {kind[:40]}; it must be PROMPT_TUNING")
     return read_embeddings(model, inner_config, inner)
 
 

@@ -28,11 +28,9 @@ def split_pattern(pattern, columns, group_size=-1):
     """
     n, m = (int(part) for part in pattern.split(":"))
     if columns % m:
-        raise UserError(f"--pattern {pattern}: {m} must divide a layer's inputs, here {columns}; use for "
-                        "example 2:4")
+        raise UserError(f"--pattern {pattern}: {m} must divide a layer's {columns} inputs; try 2:4")
     if group_width(group_size, columns) % m:
-        raise UserError(f"--group-size {group_size}: {m} of --pattern {pattern} must divide it; use for "
-                        f"example {16 * m}")
+        raise UserError(f"--group-size {group_size}: {m} of --pattern {pattern} must divide it; try {16 * m}")
     return n, m
 
 

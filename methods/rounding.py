@@ -16,6 +16,7 @@ import torch
 
 from support.cli import UserError, check_limits
 from support.files import all_finite
+from support.packing import dequantize
 
 
 # --- 1. Grids: where quantized weights may lie --------------------------------------------------------------
@@ -37,9 +38,7 @@ class Grid:
 
     def dequantize(self, dtype=torch.float32):
         """-> W (out, in). Exact in float32: it holds a float16 times a whole number below 256."""
-        group = torch.arange(self.code.shape[1], device=self.code.device) // self.group_size   # (in,)
-        W = self.scale.float()[:, group] * (self.code.float() - self.zero.float()[:, group])
-        return to_dtype(W if self.order is None else W[:, self.order.argsort()], dtype)
+        return dequantize(self.code, self.scale, self.zero, self.group_size, self.order, dtype)
 
     def round(self, W):
         """Other weights to the nearest points of this grid. W (out, in) -> (out, in), same dtype."""
@@ -110,14 +109,6 @@ def working(W):
     return W if W.dtype == torch.float64 else W.float()
 
 
-def to_dtype(W, dtype):
-    """W in another dtype; what that cannot hold becomes its largest number.
-
-    A grid may reach just beyond float16's 65,504.
-    """
-    return W.to(dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
-
-
 def check_weights(W, what="W"):
     """Raise UserError (a ValueError) for weights that are not all finite: their grids would be NaN."""
     if not all_finite(W):
@@ -141,8 +132,7 @@ def rtn(W, bits=3, group_size=64, sym=False, mse=False, details=None):
         scales.append(scale)
         zeros.append(zero)
     grid = Grid(torch.cat(codes, 1).byte(), torch.stack(scales, 1).half(), torch.stack(zeros, 1).byte(),
-                width, bits,
-                sym)
+                width, bits, sym)
     if details is not None:
         details["grid"] = grid
     return grid.dequantize(W.dtype)

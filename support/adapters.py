@@ -219,8 +219,7 @@ def folder_inside(folder, name, where):
     """folder/name, which a config names. Raises UserError when it leads out of folder, or is not there."""
     path = folder / name
     if not os.path.isdir(path) or not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{where}: prompts names {name}, which is no folder inside {folder}; copy the whole "
-                        "adapter again")
+        raise UserError(f"{where}: prompts names {name}, no folder inside {folder}; copy it all again")
     return path
 
 
@@ -285,15 +284,10 @@ def write_peft(folder, model, tensors, config):
     write_json(folder / CONFIG, dict(sorted(config.items())))
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    write_recipe(folder, model)
+    write_json(folder / RECIPE, recipe_of(model))          # by which load_adapter refuses other weights
 
 
 def base_of(model):
     """What a config says of the model that its adapter was made for, under PEFT's names."""
     made_for = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {"base_model_name_or_path": model.config.name_or_path, "auto_mapping": made_for}
-
-
-def write_recipe(folder, model):
-    """recipe.json: what the adapter was trained on, by which load_adapter refuses other weights."""
-    write_json(folder / RECIPE, recipe_of(model))

@@ -2,8 +2,8 @@
 
 Add an architecture: one line in ARCHS.
 """
+import collections
 import platform
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -54,13 +54,8 @@ def device_name(device):
 
 # --- 2. Architectures: what differs is a row, not a file ----------------------------------------------------
 
-@dataclass(frozen=True)
-class Arch:
-    """Where the decoder blocks sit, and which linears LoRA adapts by default: PEFT's, so that both agree."""
-    blocks: str
-    lora: tuple
-
-
+# Where the decoder blocks sit, and which linears LoRA adapts by default: PEFT's, so that both agree.
+Arch = collections.namedtuple("Arch", "blocks lora")
 ARCHS = {
     "llama": Arch("model.layers", ("q_proj", "v_proj")),               # LLaMA, SmolLM, TinyLlama
     "mistral": Arch("model.layers", ("q_proj", "v_proj")),
@@ -76,8 +71,7 @@ def arch_of(model):
     """-> the Arch of a model (or of its config). Raises UserError for an architecture that has no row."""
     config = getattr(model, "config", model)
     if config.model_type not in ARCHS:
-        raise UserError(f"--model: architecture {config.model_type!r} is not supported; use one of: "
-                        f"{' '.join(ARCHS)}")
+        raise UserError(f"--model: {config.model_type!r} is not supported; use one of: {' '.join(ARCHS)}")
     return ARCHS[config.model_type]
 
 
@@ -89,6 +83,11 @@ def blocks_of(model):
 def linears_of(block):
     """{name: layer} of the linear layers in a block; GPT-2 calls them Conv1D and stores W^T."""
     return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def linears_in_blocks(model):
+    """{name in the model: layer} of the linear layers of all blocks: never lm_head or the embeddings."""
+    return {f"{arch_of(model).blocks}.{name}": layer for name, layer in linears_of(blocks_of(model)).items()}
 
 
 def weight_of(layer):
@@ -115,6 +114,5 @@ def room(model, columns=0):
 def check_room(model, flag, tokens, columns=0):
     """Raise UserError, before any work, when `tokens` of a flag do not fit beside `columns` prompt tokens."""
     if tokens > room(model, columns):
-        beside = f" beside {columns} prompt tokens" if columns else ""
-        raise UserError(f"{flag} {tokens}: the model reads {max(0, room(model, columns))} tokens{beside}; "
-                        "use fewer")
+        most = f"{max(0, room(model, columns))} tokens" + f" beside {columns} prompt tokens" * bool(columns)
+        raise UserError(f"{flag} {tokens}: the model reads {most}; use fewer")

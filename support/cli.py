@@ -72,11 +72,6 @@ def not_empty(text):
     return os.path.expanduser(text)
 
 
-def group_size(text):
-    """'64' -> 64; '-1' -> -1, the whole row."""
-    return int(text) if int(text) == -1 else inside(int(text), 1, 10**9)
-
-
 def n_of_m(text):
     """'2:4' as it is; ValueError for anything but N:M with 0 < N < M."""
     found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
@@ -106,57 +101,49 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
     "model and data": {
         "model": (TEXT, "toy", "toy | smollm2 | hub id | folder"),
         "device": (TEXT, "auto", "auto | cpu | cuda | cuda:N | mps"),
-        "dtype": (TEXT, "auto", "of the frozen model; auto: float32 on a CPU and for the toy, else bfloat16 "
-                                "(float16 where the device has no bfloat16)"),
+        "dtype": (TEXT, "auto", "auto: float32 on a CPU and for the toy, else bfloat16, else float16"),
         "seed": (whole(0, 2**31 - 1), 0, "seed of every random choice"),
-        "text": (TEXT, None, "calibration and training text: a name, FILE.txt or FILE.jsonl; toy for the toy "
-                             "model, wikitext2 for others"),
+        "text": (TEXT, None, "to calibrate and train: a name, FILE.txt, FILE.jsonl; toy, or else wikitext2"),
         "shape": (TEXT, None, "random weights of a published shape instead of --model"),
     },
     "compression": {
         "compressor": (TEXT, None, "how to compress; magnitude for the toy model, gptq for others"),
         "bits": (whole(2, 8), 3, "bits per weight"),
-        "group_size": (Kind(group_size, "a whole number of at least 1, or -1"), 64,
+        "group_size": (Kind(lambda text: -1 if int(text) == -1 else inside(int(text), 1, 10**9),
+                            "a whole number of at least 1, or -1"), 64,
                        "columns that share a grid; -1: the whole row"),
         "sym": (SWITCH, False, "symmetric grids, without zero points"),
-        "mse": (SWITCH, False, "fit grids by least squared error, clipping a few weights, instead of by min "
-                               "and max"),
+        "mse": (SWITCH, False, "fit grids by squared error, clipping a few weights, not by min and max"),
         "act_order": (SWITCH, False, "columns in descending order of diag H"),
         "static_groups": (SWITCH, False, "fit all grids to the original weights"),
         "percdamp": (real(TINY, 10, "a number above 0, at most 10"), 0.01,
                      "damping of H, relative to the mean of its diagonal"),
-        "sparsity": (real(0, 0.9999, "a number from 0 to below 1"), None,
-                     "share of zeros; 0.6 for the toy model, 0.5 for others"),
+        "sparsity": (real(0, 0.9999, "a number from 0 to below 1"), None, "share of zeros; 0.6 (toy) or 0.5"),
         "pattern": (Kind(n_of_m, "N:M with 0 < N < M, for example 2:4"), None,
                     "keep N of every M inputs, instead of --sparsity"),
         "nsamples": (whole(1, 10**5), 32, "calibration chunks"),
-        "seqlen": (whole(2, 10**6), None,
-                   "tokens per calibration chunk; 64 for the toy model, 512 for others"),
-        "packed": (SWITCH, False, "write true bits, which only this project loads, instead of dequantized "
-                                  "weights"),
+        "seqlen": (whole(2, 10**6), None, "tokens per calibration chunk; 64 (toy) or 512"),
+        "packed": (SWITCH, False, "write true bits, which only this project loads, not dequantized weights"),
     },
     "method": {
         "method": (items(TEXT), ["idp"], "how to recover, one or several, comma-separated"),
         "prompt_length": (COUNT, 16, "n, the tokens of a prompt or prefix"),
-        "prompt_lengths": (items(COUNT, repeated=True), [8, 16],
-                           "n_k of each of IDP's prompts, comma-separated"),
+        "prompt_lengths": (items(COUNT, repeated=True), [8, 16], "n_k of IDP's prompts, comma-separated"),
         "selector": (TEXT, "mean_attention", "the rule by which IDP chooses"),
         "layers": (TEXT, "every", "which layers choose: every one for itself, or the first for all"),
         "scores": (TEXT, "logits", "what IDP's attention is: before the softmax, or after it"),
         "rank": (COUNT, 8, "LoRA's and EoRA's r"),
         "alpha": (POSITIVE, 16.0, "LoRA's scaling is alpha / r"),
-        "targets": (items(TEXT), None, "LoRA, EoRA: names of linear layers, comma-separated; PEFT's defaults "
-                                       "when absent, for EoRA all"),
-        "merge": (SWITCH, False, "LoRA, EoRA: rows for the adapter merged into the weights, and merged then "
-                                 "put back on the grid or under the mask"),
+        "targets": (items(TEXT), None, "LoRA, EoRA: names of linear layers, comma-separated; else PEFT's "
+                                       "defaults, for EoRA all"),
+        "merge": (SWITCH, False, "LoRA, EoRA: rows for merged weights, and merged then put back on grid or mask"),
         "m": (whole(2, 1000), 4, "prompts in a set"),
     },
     "training": {
         "loss": (TEXT, "text", "what is learnt: the text's next tokens, or the dense model's distributions "
                                "of them (a second copy of its weights in memory)"),
         "steps": (COUNT, 200, "optimizer steps"),
-        "batch_size": (whole(1, 65536), 16, "rows at a time: of a training step, shared out among IDP's "
-                                            "prompts, or contexts when scoring"),
+        "batch_size": (whole(1, 65536), 16, "rows per training step (each prompt sees all), or contexts"),
         "train_seqlen": (whole(4, 10**6), 64, "tokens per training row"),
         "lr": (POSITIVE, None, "peak learning rate; the method's own when absent"),
         "weight_decay": (real(0, 1, "a number from 0 to 1"), 0.0, "AdamW's weight decay"),
@@ -165,8 +152,7 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
         "checkpointing": (SWITCH, False, "recompute blocks in the backward pass (less memory)"),
         "resume": (SWITCH, False, "go on with the checkpoints that a run which was cut off left in --out"),
         "seeds": (whole(1, 1000), 5, "how many seeds, from --seed on"),
-        "rates": (items(POSITIVE), [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
-                  "peak learning rates, comma-separated"),
+        "rates": (items(POSITIVE), [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1], "peak rates, comma-separated"),
     },
     "evaluation": {
         "tasks": (ANY_TEXT, None, "comma-separated names or FILE.jsonl; toy tasks for the toy model"),
@@ -174,17 +160,15 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
         "adapter": (TEXT, None, "an adapter/ folder of recover.py, or PEFT's"),
         "eval_text": (TEXT, None, "text for perplexity; the test split of a named --text when absent"),
         "eval_seqlen": (whole(2, 10**6), None, "tokens per perplexity chunk"),
-        "eval_context": (whole(0, 10**6), None,
-                         "tokens of each chunk that are read and not scored, by which IDP chooses; a quarter "
-                         "of --eval-seqlen when absent; 0 is GPTQ's perplexity"),
+        "eval_context": (whole(0, 10**6), None, "tokens of a chunk that are read, not scored, by which IDP "
+                         "chooses; a quarter of --eval-seqlen when absent; 0 is GPTQ's perplexity"),
         "eval_chunks": (COUNT, None, "chunks of text for perplexity; --limit when absent"),
         "word_ppl": (SWITCH, False, "the standard harness's word perplexity of --eval-text as well"),
         "lengths": (items(COUNT), [128, 256], "input lengths, comma-separated"),
         "decode_tokens": (whole(1, 10**5), 8, "decoded tokens per repeat"),
         "repeats": (whole(1, 10**4), 9, "counted repeats after one warm-up"),
         "tables": (items(TEXT), None, "which tables, comma-separated"),
-        "only": (TEXT, None, "only rows whose name contains one of these, separated by ';', as in "
-                             "'group 64;50 %%'"),
+        "only": (TEXT, None, "only rows whose name contains one of these, as in 'group 64;50 %%'"),
     },
     "output": {
         "out": (TEXT, None, "folder for what is written: new or empty"),

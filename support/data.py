@@ -93,8 +93,7 @@ def load_documents(name, split="train", flag="--text"):
     rows = read_jsonl(path, flag)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("text"), str):
-            raise UserError(f'{flag} {name}: line {number} has no "text"; give every line one, or use a .txt '
-                            "file")
+            raise UserError(f'{flag} {name}: line {number} has no "text"; give it one, or use a .txt file')
     return [row["text"] for row in rows]
 
 
@@ -262,13 +261,11 @@ def check_row(name, number, row):
     where = f"--tasks {name}: row {number}"
     is_open = isinstance(row.get("target"), str) and is_texts(row.get("aliases", [row["target"]]))
     if not isinstance(row.get("context"), str) or not ("choices" in row or is_open):
-        raise UserError(f"{where} needs context, choices and answer (0-based), or context and target; "
-                        "add what is missing")
+        raise UserError(f"{where} needs context, choices and answer (0-based), or context and target")
     if "choices" in row:
         choices, answer, options = row["choices"], row.get("answer"), row.get("options")
         if not is_texts(choices) or not is_whole(answer) or not 0 <= answer < len(choices):
-            raise UserError(f"{where} needs choices, a list of texts, and answer, the 0-based number of one; "
-                            "put that right")
+            raise UserError(f"{where} needs choices, a list of texts, and answer, the 0-based number of one")
         fits = is_texts(options) and len(options) == len(choices)
         if "suffix" in row and not (isinstance(row["suffix"], str) and fits):
             raise UserError(f"{where} has a suffix but not one option for each choice; add options")

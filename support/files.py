@@ -42,8 +42,7 @@ def regular_file(path, flag, most=None):
         raise UserError(f"{flag} {path}: is not a file; name an existing one")
     size = path.stat().st_size
     if most and size > most:
-        raise UserError(f"{flag} {path}: has {size:,} bytes, more than {most:,}; it is not what this flag "
-                        "reads")
+        raise UserError(f"{flag} {path}: has {size:,} bytes, more than {most:,}; name a smaller file")
     return path
 
 
@@ -71,24 +70,17 @@ def parse_json(text, where):
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply; it was not written by this project") from None
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half a character (a lone surrogate such as \\ud800); "
-                        "remove it") from None
+        raise UserError(f"{where}: holds half a character, a lone surrogate; remove it") from None
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({error}); write it again") from None
 
 
-def read_json(path, flag):
-    """The object in a JSON file. Raises UserError for anything else."""
+def read_fields(path, flag):
+    """The object in a JSON file, as Fields. Raises UserError for anything else."""
     obj = parse_json(read_text(path, flag, MAX_JSON), f"{flag} {path}")
     if not isinstance(obj, dict):
-        raise UserError(f"{flag} {path}: holds a {type(obj).__name__}, not an object; it was not written by "
-                        "this project")
-    return obj
-
-
-def read_fields(path, flag):
-    """The object in a JSON file, as Fields. Raises UserError."""
-    return Fields(read_json(path, flag), path, flag)
+        raise UserError(f"{flag} {path}: holds a {type(obj).__name__}, not an object; name another file")
+    return Fields(obj, path, flag)
 
 
 def read_jsonl(path, flag):
@@ -216,8 +208,7 @@ class Tensors:
             raise UserError(f"{self.where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; "
                             "it was not written by this project")
         if finite and tensor.is_floating_point() and not all_finite(tensor):
-            raise UserError(f"{self.where}: {name} holds numbers that are not finite; "
-                            "write or train it again")
+            raise UserError(f"{self.where}: {name} holds numbers that are not finite; make it again")
         return tensor
 
     def exactly(self, names):

@@ -92,8 +92,7 @@ def resolve_model(name):
                             "save_pretrained or compress.py --out")
         return path, {}
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UserError(f"--model {name}: no such folder; use toy, smollm2, an existing folder or a hub id "
-                        "(owner/name)")
+        raise UserError(f"--model {name}: no such folder; use toy, smollm2, a folder, a hub id (owner/name)")
     return name, {}
 
 

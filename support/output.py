@@ -138,8 +138,15 @@ def resolve(out):
 def locked(path, out, part=""):
     """Hold the lock file (of this part) beside `path` and a temporary folder; yield that folder."""
     lock = path.with_name(f".{path.name}{part and '.' + part}.lock")
-    with contextlib.closing(open_lock(lock, out)) as file:
-        temporary = lock.with_name(f"{lock.name.removesuffix('lock')}{secrets.token_hex(8)}.tmp")
+    temporary = lock.with_name(f"{lock.name.removesuffix('lock')}{secrets.token_hex(8)}.tmp")
+    try:
+        file = open(lock, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: {lock.parent} cannot be written to ({why(error)}); name another "
+                        "folder") from error
+    with file:
+        take(file, lock, out)
+        clear_leftover(file, lock, out)
         try:
             make_temporary(temporary, file, out)
             yield temporary
@@ -158,22 +165,6 @@ def make_temporary(temporary, file, out):
         raise UserError(f"--out {out}: cannot be written ({why(error)}); name another folder") from error
 
 
-def open_lock(lock, out):
-    """The lock file, open and ours, what a killed run left cleared away. Raises UserError."""
-    try:
-        file = open(lock, "a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out}: {lock.parent} cannot be written to ({why(error)}); name another "
-                        "folder") from error
-    try:
-        take(file, lock, out)
-        clear_leftover(file, lock, out)
-    except UserError:
-        file.close()
-        raise
-    return file
-
-
 def take(file, lock, out):
     """Take the lock, or say who holds it. The system frees it when a process ends, however it ends."""
     if fcntl is None:
@@ -184,8 +175,7 @@ def take(file, lock, out):
     except OSError:
         alone = False
     if not alone:
-        raise UserError(f"--out {out}: another run is writing there ({holder(file)}); wait for it, or name "
-                        "another folder")
+        raise UserError(f"--out {out}: another run is writing there ({holder(file)}); wait, or name another")
 
 
 def holder(file):
@@ -222,10 +212,8 @@ def check_contents(path, out, resume, going_on):
     if resume and "results.json" in there:
         raise UserError(f"--resume: the run in {out} is finished; name a new --out for another one")
     if resume and there and not cut_off:
-        raise UserError(f"--resume: {out} holds no checkpoint of a run that was cut off; name its folder, or "
-                        "leave --resume out")
+        raise UserError(f"--resume: {out} holds no checkpoint of a run that was cut off; leave --resume out")
     if there and not resume and cut_off and "results.json" not in there:
-        raise UserError(f"--out {out}: holds a run that was cut off; go on with --resume, or name a new "
-                        "folder")
+        raise UserError(f"--out {out}: holds a run that was cut off; go on with --resume, or a new folder")
     if there and not resume:
         raise UserError(f"--out {out}: holds {there[0]} already, and nothing is replaced; name a new folder")

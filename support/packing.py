@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from support.architectures import arch_of, as_stored, blocks_of, linears_of, weight_of
+from support.architectures import as_stored, linears_in_blocks, weight_of
 from support.cli import DTYPES, UserError
 from support.files import (
     BOOL, OBJECT, Fields, Tensors, list_of, one_of, or_null, parse_json, read_fields, whole_number)
@@ -85,7 +85,7 @@ def dequantize(code, scale, zero, group_size, order=None, dtype=torch.float32):
     """W[:, order[j]] = scale[:, j // group_size] * (code[:, j] - zero[:, j // group_size]). -> W (out, in).
 
     code (out, in) and zero (out, groups) uint8; scale (out, groups) float16; order (in,) long, None: as they
-    stand. The twin of methods/rounding.py:Grid.dequantize, for support imports no method.
+    stand.
     """
     group = torch.arange(code.shape[1], device=code.device) // group_size                       # (in,)
     W = scale.float()[:, group] * (code.float() - zero.float()[:, group])
@@ -194,9 +194,7 @@ Stored = collections.namedtuple("Stored", "bits group_size sym parts")     # a l
 
 def layer_shapes(model):
     """{path: (out, in)} of every linear layer inside the blocks."""
-    prefix = arch_of(model).blocks
-    return {f"{prefix}.{name}": tuple(weight_of(layer).shape)
-            for name, layer in linears_of(blocks_of(model)).items()}
+    return {path: tuple(weight_of(layer).shape) for path, layer in linears_in_blocks(model).items()}
 
 
 def read_header(file, shapes, codes):
@@ -307,8 +305,7 @@ def read_grids(model, folder):
     path, report = folder / (FILE if packed else GRIDS), folder / "compression.json"
     if not path.exists():
         if report.exists() and "bits" in read_fields(report, "--model")("settings", OBJECT, {}):
-            raise UserError(f"--model {folder}: is quantized and has no {GRIDS}, the grids that its weights "
-                            f"lie on; {AGAIN}")
+            raise UserError(f"--model {folder}: is quantized and has lost {GRIDS}, its grids; {AGAIN}")
         return {}
     with Tensors(path, "--model") as file:
         dtype, layers = read_header(file, shapes, codes=packed)

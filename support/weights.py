@@ -62,19 +62,19 @@ def check_folder(path, name):
         raise UserError(f"--model {name}: holds an adapter (adapter_config.json); give the model that it was "
                         "trained on, and this folder as --adapter")
     if not any((path / file).exists() for file in TOKENIZERS):
-        raise UserError(f"--model {name}: has no tokenizer; copy {TOKENIZERS[0]} and tokenizer_config.json "
-                        "into it")
+        raise UserError(f"--model {name}: has no tokenizer; copy {TOKENIZERS[0]} and its config there")
     for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        if (path / file).exists():
-            check_special(read_fields(path / file, "--model"))
+        fields = read_fields(path / file, "--model") if (path / file).exists() else None
+        for key in SPECIAL if fields else ():              # a list, of as many tokens as end a text
+            several = isinstance(fields.obj.get(key), list)
+            fields(key, list_of(whole_number(0, 10**7)) if several else or_null(whole_number(-1, 10**7)))
     check_index(path / "model.safetensors.index.json")
     packed = (path / "packed.safetensors").exists()
     check_weights(path, config, packed)
     if (path / "compression.json").exists():
         return read_compression(path / "compression.json")
     if packed or (path / "compression.grids").exists():
-        raise UserError(f"--model {name}: was written by compress.py and has no compression.json; write it "
-                        "again")
+        raise UserError(f"--model {name}: has lost the compression.json of compress.py; write it again")
     return {}
 
 
@@ -88,8 +88,7 @@ def check_config(config, name):
         if key in given:
             config(key, whole_number(1, 10**7))
     if "quantization_config" in given:
-        raise UserError(f"--model {name}: is stored quantized by another tool (quantization_config); give "
-                        "its dense original")
+        raise UserError(f"--model {name}: quantized by another tool (quantization_config); give a dense one")
     width, heads = (next((given[key] for key in keys if key in given), None) for keys in (WIDTHS, HEADS))
     groups = given.get("num_key_value_heads")
     if width and heads and "head_dim" not in given and width % heads:
@@ -100,21 +99,13 @@ def check_config(config, name):
                         "heads; give the config.json that belongs to the weights")
 
 
-def check_special(fields):
-    """Refuse special tokens that are no token."""
-    for key in SPECIAL:
-        several = isinstance(fields.obj.get(key), list)
-        fields(key, list_of(whole_number(0, 10**7)) if several else or_null(whole_number(-1, 10**7)))
-
-
 def check_index(index):
     """Refuse an index of shards that names a file which is not in the folder."""
     shards = read_fields(index, "--model")("weight_map", OBJECT) if index.exists() else {}
     for shard in shards.values():
         inside = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
         if not inside or not (index.parent / shard).is_file():
-            raise UserError(f"--model {index}: names a file {str(shard)[:80]} that is not in the folder; "
-                            "download it again")
+            raise UserError(f"--model {index}: names {str(shard)[:80]}, not in the folder; download it again")
 
 
 def tensors_in(path):
@@ -131,8 +122,7 @@ def check_weights(path, config, packed):
     found = tensors_in(path)
     for name, (_, kind) in found.items():
         if kind not in FLOATS and not packed and not COMPUTED.search(name):
-            raise UserError(f"--model {path}: {name} holds {kind}, and weights must be floating point; give "
-                            "the dense original")
+            raise UserError(f"--model {path}: {name} is {kind}, not floating point; give the dense original")
     layers = max(config.obj.get(key) or 1 for key in LAYERS)
     if found and layers > len(found):                      # before a model of that many layers is built
         raise UserError(f"{config.where}: describes {layers} layers, and the folder holds {len(found)} "
@@ -163,8 +153,7 @@ def check_setting(key, value, path):
     switch = key in FLAGS and FLAGS[key].kind is SWITCH
     try:
         if switch and not isinstance(value, bool) or isinstance(value, (dict, list)):
-            raise UserError(f"{flag_of(key)} {json.dumps(value)[:60]}: is not what that flag takes; write it "
-                            "again")
+            raise UserError(f"{flag_of(key)} {json.dumps(value)[:60]}: not what it takes; write it again")
         check_limits(**{key: value} if key in FLAGS and not switch else {})
     except UserError as error:
         raise UserError(f"--model {path}: settings: {error}") from None

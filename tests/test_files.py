@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from conftest import ROOT
 from support import files, output
 from support.cli import UserError
-from support.files import Fields, Tensors, read_json, read_jsonl, read_text
+from support.files import Fields, Tensors, read_fields, read_jsonl, read_text
 from support.output import claim
 
 
@@ -25,7 +25,7 @@ def test_a_broken_json_file_is_one_line(raw, word, tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(raw)
     with pytest.raises(UserError, match="--adapter") as error:
-        read_json(path, "--adapter")
+        read_fields(path, "--adapter")
     assert word in str(error.value) and "\n" not in str(error.value)
 
 

@@ -68,7 +68,7 @@ def test_idp_minimal_stands_alone():
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_a_file_can_be_read_at_one_sitting(path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= (440 if path.name == "idp_minimal.py" else 400)    # the whole method stands in one
+    assert text.count("\n") <= (436 if path.name == "idp_minimal.py" else 400)    # the whole method stands in one
     assert not [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 110]
     assert ast.get_docstring(ast.parse(text)), "the docstring is the door"
 
