@@ -44,7 +44,7 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 # and only its keys and values are kept.
 
 class PromptBank:
-    """Keys and values of m prompts: L tensors (m, h_kv, N, d_k) each, zeros left of a short prompt; m n_k."""
+    """Keys and values of m prompts: L tensors (m, h_kv, N, d_k) each, with zeros left of a short prompt."""
 
     def __init__(self, keys, values, lengths):
         self.keys, self.values, self.lengths = keys, values, lengths
@@ -191,6 +191,7 @@ AttentionInterface.register("idp", idp_attention)          # no mask function of
 
 
 # --- 4. Into a Hugging Face model ---------------------------------------------------------------------------
+
 class PromptCache(DynamicCache):
     """A cache whose length leaves out its first N columns, the prompt of each row: layer.choice (B,)."""
 
@@ -366,6 +367,7 @@ def attach_idp(model, bank, selector="mean_attention", layers="every", scores="l
 
 
 # --- 5. The slow, obvious version: in each layer choose, then attend as if the losers were not there --------
+
 def reference_attention(module, query, key, value, mask, scaling=None, reference=None, **kwargs):
     """One sequence, no padding, cache or bank. reference: prompts' caches, reading, choices so far."""
     caches, layers, scores, choices = reference
@@ -411,6 +413,7 @@ def idp_reference(model, prompts, input_ids, attention_mask=None, layers="every"
 
 
 # --- 6. Demo ------------------------------------------------------------------------------------------------
+
 def demo():
     """Tiny random LLaMA, three prompts of unequal length, a padded batch: predict, then show."""
     from transformers import LlamaConfig, LlamaForCausalLM

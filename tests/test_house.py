@@ -1,4 +1,7 @@
-"""The house: arrows point one way, files and functions stay small enough to read."""
+"""The house: arrows point one way, files and functions stay small enough to read.
+
+    python tests/count.py    # the numbers: lines, widest line and functions of every file
+"""
 import ast
 import statistics
 
@@ -68,7 +71,7 @@ def test_idp_minimal_stands_alone():
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_a_file_can_be_read_at_one_sitting(path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= (436 if path.name == "idp_minimal.py" else 400)    # the whole method stands in one
+    assert text.count("\n") <= (440 if path.name == "idp_minimal.py" else 400)    # the whole method stands in one
     assert not [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 110]
     assert ast.get_docstring(ast.parse(text)), "the docstring is the door"
 
@@ -94,4 +97,11 @@ def test_functions_are_short():
 
 def test_the_core_grows_no_more():
     """Root, methods and support. The goal of the house is 3,000 lines; readers that check every file cost more than that."""
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in CORE) <= 6060
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in CORE) <= 5920
+
+
+def test_the_count_command_counts(tmp_path):
+    import count
+    path = tmp_path / "x.py"
+    path.write_text('"""Door."""\n\n\ndef f():\n    """Words."""\n    return 1\n\n\ndef g(): return f()\n', encoding="utf-8")
+    assert count.sizes([path]) == (9, 19, 2, "1.5", 2)     # lines, widest, functions, their median and longest
