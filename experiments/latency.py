@@ -2,8 +2,8 @@
 
 The abstract of the paper's last version claims 60 % less inference latency for IDP than for LoRA, and gives
 no table. What that compares (LoRA merged or not, on which layers, prompts cached or not) is NOT IN PAPER, so
-every reading gets a row: prompt as embeddings, prompt as cached prefix, IDP with m = 2, 4, 8, LoRA unmerged
-on q,v and on all linears, LoRA merged.
+each has a row: one prompt as embeddings, one as cached prefix, IDP under its four readings, LoRA unmerged on
+q,v and on all linears, LoRA merged. A compressed model that is dequantized runs like the dense one: no row.
 
     python -m experiments.latency --model toy                                # seconds, CPU
     python -m experiments.latency --shape smollm2-135m --lengths 128,512     # random weights, true shapes
@@ -11,17 +11,20 @@ on q,v and on all linears, LoRA merged.
 
 Prefill: T tokens to the first logits. Decode: one token with T in the cache. Variants are interleaved,
 warm-up first, medians over repeats; ratios are medians of ratios within a repeat, which a drifting machine
-disturbs least.
+disturbs least. With one CPU thread the clock counts that thread's own time, which on an idle machine is the
+latency, and which other processes do not stop from being it. Then what a choice costs on paper.
+
+Letters: T input tokens, N tokens of a prompt, m prompts, S = m N, h heads, h_kv key heads, d_k their width, L
+layers.
 """
 import contextlib
-import copy
+import functools
 import statistics
 import time
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-import compress
 from evaluate import command_line
 from idp_minimal import CACHE, PromptBank, attach_idp, prompt_cache
 from methods.lora import LoRA
@@ -104,55 +107,55 @@ def merged(method):
             layer.unmerge()
 
 
-def variants(model, n, with_compressed):
+READINGS = (("every", "logits", 2), ("every", "logits", 4), ("every", "logits", 8), ("first", "logits", 4),
+            ("every", "probabilities", 4), ("first", "probabilities", 4))                # layers, scores, m
+
+
+def variants(model, n):
     """{name: (context manager factory, call)}. n: tokens of every prompt, so that all cost the same."""
-    d, generator = model.get_input_embeddings().weight.shape[1], torch.Generator().manual_seed(0)
-    prompts = [initial_prompt(model, n, generator).to(model.dtype) for _ in range(8)]    # (n, d) each
-    assert prompts[0].shape == (n, d)
+    generator, nothing = torch.Generator().manual_seed(0), contextlib.nullcontext
+    prompts = [initial_prompt(model, n, generator).to(model.dtype) for _ in range(8)]            # 8 x (n, d)
     lora, lora_all = LoRA(model), LoRA(model, targets=all_linears(model))
-    nothing = contextlib.nullcontext
-    table = {"dense": (nothing, plain)}
-    if with_compressed:
-        smaller = copy.deepcopy(model)
-        with torch.no_grad():
-            for linear in blocks_of(smaller).modules():
-                if isinstance(linear, torch.nn.Linear):
-                    linear.weight.copy_(compress.rtn(linear.weight, bits=3, group_size=-1))
-        table["compressed (dequantized 3-bit)"] = (nothing, lambda _, ids, cache: plain(smaller, ids, cache))
-    table["prompt as embeddings"] = (nothing, as_embeddings(prompts[0]))
-    table["prompt as cached prefix"] = (nothing, as_cached_prefix(model, prompts[0]))
-    for m in (2, 4, 8):
-        bank = PromptBank.from_prompts(model, prompts[:m])
-        table[f"IDP, m = {m}"] = (lambda bank=bank: attach_idp(model, bank), plain)
-    table["LoRA r 8 on q,v, unmerged"] = (lora.inference, plain)
+    table = {"dense": (nothing, plain), "prompt as embeddings": (nothing, as_embeddings(prompts[0])),
+             PREFIX: (nothing, as_cached_prefix(model, prompts[0]))}
+    banks = {m: PromptBank.from_prompts(model, prompts[:m]) for _, _, m in READINGS}
+    for layers, scores, m in READINGS:
+        attached = functools.partial(attach_idp, model, banks[m], layers=layers, scores=scores)
+        table[f"IDP {layers}, {scores}, m = {m}"] = (attached, plain)
+    table[UNMERGED] = (lora.inference, plain)
     table["LoRA r 8 on all linears, unmerged"] = (lora_all.inference, plain)
     table["LoRA, merged"] = (lambda: merged(lora), plain)
     return table
 
 
+PREFIX, UNMERGED = "prompt as cached prefix", "LoRA r 8 on q,v, unmerged"
+
+
 # --- 2. The clock -------------------------------------------------------------------------------------------
 
-def synchronize(device):
-    """Wait for the device, so that the clock reads finished work."""
+def own_time(device):
+    """Does the clock count the thread's own time? Only where that thread does all the work."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def now(device):
+    """Seconds on the clock, once the device has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+    return time.thread_time() if own_time(device) else time.perf_counter()
 
 
 @torch.no_grad()
 def time_once(model, call, ids, decode_tokens):
     """One prefill and `decode_tokens` decode steps. -> (prefill seconds, seconds per decoded token)."""
-    device = model.device
-    synchronize(device)
-    start = time.perf_counter()
+    start = now(model.device)
     out = call(model, ids, None)
-    synchronize(device)
-    prefilled = time.perf_counter()
+    prefilled = now(model.device)
     for _ in range(decode_tokens):
         out = call(model, ids[:, -1:], out[CACHE])
-    synchronize(device)
-    return prefilled - start, (time.perf_counter() - prefilled) / decode_tokens
+    return prefilled - start, (now(model.device) - prefilled) / decode_tokens
 
 
 def measure(model, table, ids, repeats, decode_tokens):
@@ -183,16 +186,53 @@ HEAD = ["T", "variant", "prefill ms", "by cached prompt", "by LoRA q,v", "decode
 
 def report(times, T):
     """-> rows of cells for one input length."""
-    prefix, qv = "prompt as cached prefix", "LoRA r 8 on q,v, unmerged"
     rows = []
     for name, seen in times.items():
         cells = [f"{T}", name]
         for phase in ("prefill", "decode"):
             cells.append(f"{1e3 * statistics.median(seen[phase]):.1f}")
-            cells += [f"{ratio(times, name, reference, phase):.3f}" for reference in (prefix, qv)]
+            cells += [f"{ratio(times, name, reference, phase):.3f}" for reference in (PREFIX, UNMERGED)]
         rows.append(cells + [f"{seen['peak'] / 2**20:.0f}" if seen["peak"] else "-"])
     return rows
 
+
+# --- 3. On paper --------------------------------------------------------------------------------------------
+
+def choice_flops(config, T, m, S, layers="every", scores="logits"):
+    """Operations by which one input of T tokens chooses among m prompts of S tokens in all. [Fig. 4] -> int.
+
+    Of matrix products, a multiplication and an addition each; softmax and means over heads are left out.
+    """
+    h, L = config.num_attention_heads, config.num_hidden_layers if layers == "every" else 1
+    h_kv = getattr(config, "num_key_value_heads", None) or h
+    d_k = getattr(config, "head_dim", None) or config.hidden_size // h
+    if scores == "logits":
+        # mean query: 2 T h d_k; its product with m mean keys: 2 m h_kv d_k
+        return L * 2 * d_k * (T * h + m * h_kv)
+    # A: each of T queries with S + T keys, 2 h d_k T (S + T); mean over a prompt's tokens: 2 m S
+    return L * (2 * h * d_k * T * (S + T) + 2 * m * S)
+
+
+def pass_flops(model, T, N):
+    """Operations of all blocks for T tokens behind a cached prompt of N, matrix products alone. -> int."""
+    config, weights = model.config, sum(p.numel() for p in blocks_of(model).parameters() if p.dim() == 2)
+    h = config.num_attention_heads
+    d_k = getattr(config, "head_dim", None) or config.hidden_size // h
+    # each weight once a token: 2 T weights; q . k and A . v: 4 h d_k T (N + T) a layer
+    return 2 * T * weights + config.num_hidden_layers * 4 * h * d_k * T * (N + T)
+
+
+def on_paper(name, model, T, lengths):
+    """What a choice costs under each reading, in words. lengths: tokens of each prompt."""
+    whole, parts = pass_flops(model, T, max(lengths)), []
+    for layers, scores in dict.fromkeys(reading[:2] for reading in READINGS):
+        flops = choice_flops(model.config, T, len(lengths), sum(lengths), layers, scores)
+        parts.append(f"{layers}, {scores} {flops:.3g} ({100 * flops / whole:.2g} %)")
+    return (f"On paper, {name}, {T} tokens, prompts of {' + '.join(map(str, lengths))}: a pass through all "
+            f"blocks takes {whole:.3g} floating-point operations, a choice under {'; '.join(parts)}.")
+
+
+# --- 4. The command -----------------------------------------------------------------------------------------
 
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError for what cannot work."""
@@ -214,18 +254,13 @@ def main(argv=None):
         model = (random_model(args.shape, device, pick_dtype(args.dtype, device, None)) if args.shape
                  else load_model(args.model, device, args.dtype)[0])
         check_room(model, "--lengths", max(args.lengths), args.prompt_length + args.decode_tokens)
-        table, times = variants(model, args.prompt_length, with_compressed=not args.shape), {}
+        table, times = variants(model, args.prompt_length), {}
         for T in args.lengths:
             generator = torch.Generator().manual_seed(args.seed)
             ids = torch.randint(3, model.config.vocab_size, (args.batch_size, T), generator=generator)
             ids = ids.to(device)
             times[T] = measure(model, table, ids, args.repeats, args.decode_tokens)
-        dtype = str(model.dtype).removeprefix("torch.")
-        caption = (f"{name}, {dtype}, {device_name(device)}, batch {args.batch_size}, prompts of "
-                   f"{args.prompt_length} tokens, {args.decode_tokens} decoded tokens, medians of "
-                   f"{args.repeats} interleaved repeats")
-        rows = [row for T, seen in times.items() for row in report(seen, T)]
-        text = caption + "\n\n" + markdown(HEAD, rows)
+        text = "\n\n".join(texts(args, name, model, times))
         print(text)
         if out:
             with out.folder() as folder:
@@ -234,6 +269,19 @@ def main(argv=None):
                     "command": command_line(), "settings": vars(args), "versions": versions(),
                     "device": device_name(device), "seconds": round(time.time() - start, 1),
                     "times": times}), encoding="utf-8")
+
+
+def texts(args, name, model, times):
+    """Caption, a table for each length, what a choice costs on paper. -> list of paragraphs."""
+    clock = "the thread's own time" if own_time(model.device) else "time on the wall"
+    dtype = str(model.dtype).removeprefix("torch.")
+    caption = (f"{name}, {dtype}, {device_name(model.device)}, batch {args.batch_size}, prompts of "
+               f"{args.prompt_length} tokens, {args.decode_tokens} decoded tokens, medians of "
+               f"{args.repeats} interleaved repeats, {clock}")
+    large = random_model("llama-7b", "meta", torch.float32)
+    return [caption, *(markdown(HEAD, report(seen, T)) for T, seen in times.items()),
+            *(on_paper(name, model, T, [args.prompt_length] * 4) for T in times),
+            on_paper("LLaMA-7B", large, 512, [50, 100])]   # two prompts of the paper's sizes [§3.3]
 
 
 if __name__ == "__main__":
