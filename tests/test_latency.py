@@ -1,13 +1,15 @@
 """The latency table: its variants compute what their names say, and its ratios are right."""
 import contextlib
 import json
+import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_model
 from experiments import latency
-from idp_minimal import CACHE
+from idp_minimal import CACHE, PromptBank, attach_idp
 from support.cli import UserError
 
 
@@ -15,7 +17,7 @@ from support.cli import UserError
 def table():
     """A tiny model and its variants with prompts of 4 tokens."""
     model = tiny_model("llama")
-    return model, latency.variants(model, 4, with_compressed=True)
+    return model, latency.variants(model, 4)
 
 
 def logits_of(model, variant, ids):
@@ -26,7 +28,7 @@ def logits_of(model, variant, ids):
         return first.logits[:, -1], call(model, ids[:, -1:], first[CACHE]).logits[:, -1]
 
 
-@pytest.mark.parametrize("name", ["prompt as cached prefix", "IDP, m = 2"])
+@pytest.mark.parametrize("name", ["prompt as cached prefix", "IDP every, logits, m = 2", "IDP first, probabilities, m = 4"])
 def test_prompt_variants_compute_the_same(table, name):
     """Embeddings, cached prefix, and IDP (whose chosen prompt is one of the same kind) differ in cost only."""
     model, variants = table
@@ -48,17 +50,22 @@ def test_variants_leave_the_model_as_it_was(table):
         assert torch.equal(model(ids).logits, before), name
 
 
-def test_compressed_variant_is_compressed(table):
-    model, variants = table
-    ids = torch.randint(3, 97, (1, 5))
-    dense, small = (logits_of(model, variants[name], ids)[0] for name in ("dense", "compressed (dequantized 3-bit)"))
-    assert not torch.allclose(dense, small, atol=1e-3)
-
-
 def test_every_reading_of_the_claim_has_a_row(table):
-    wanted = {"dense", "compressed (dequantized 3-bit)", "prompt as embeddings", "prompt as cached prefix", "IDP, m = 2", "IDP, m = 4",
-              "IDP, m = 8", "LoRA r 8 on q,v, unmerged", "LoRA r 8 on all linears, unmerged", "LoRA, merged"}
+    wanted = {"dense", "prompt as embeddings", "prompt as cached prefix", "IDP every, logits, m = 2", "IDP every, logits, m = 4",
+              "IDP every, logits, m = 8", "IDP first, logits, m = 4", "IDP every, probabilities, m = 4",
+              "IDP first, probabilities, m = 4", "LoRA r 8 on q,v, unmerged", "LoRA r 8 on all linears, unmerged", "LoRA, merged"}
     assert set(table[1]) == wanted
+
+
+@pytest.mark.parametrize("layers, scores, m", latency.READINGS)
+def test_a_variant_has_the_reading_of_its_name(table, layers, scores, m):
+    model, variants = table
+    attached, call = variants[f"IDP {layers}, {scores}, m = {m}"]
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), attached() as idp:
+        call(model, ids, None)
+    assert (idp.layers, idp.scores_are, idp.bank.m) == (layers, scores, m)
+    assert idp.choice.shape == ((len(idp.bank.keys), 2) if layers == "every" else (2,))
 
 
 def test_all_linears_finds_each_kind():
@@ -84,6 +91,61 @@ def test_measure_counts_repeats_without_the_warm_up():
     assert calls == [(1, 6), (1, 1), (1, 1), (1, 1)] * 3
 
 
+def test_the_clock_counts_this_thread_alone():
+    """On one CPU thread sleeping costs nothing; with more threads the clock is the one on the wall."""
+    def slept():
+        start = latency.now(torch.device("cpu"))
+        time.sleep(0.2)
+        return latency.now(torch.device("cpu")) - start
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert slept() < 0.1
+        torch.set_num_threads(2)
+        assert slept() >= 0.2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("layers", ["every", "first"])
+@pytest.mark.parametrize("scores", ["logits", "probabilities"])
+def test_what_a_choice_costs_on_paper_is_what_torch_counts(name, layers, scores):
+    """Matrix products that torch counts in a pass with a choice, less those with the prompt there already."""
+    model, T, lengths = tiny_model(name), 11, [3, 3, 3]
+    ids = torch.randint(3, 97, (1, T), generator=torch.Generator().manual_seed(0))
+    table = latency.variants(model, 3)
+    bank = PromptBank.from_prompts(model, [torch.randn(n, model.config.hidden_size) for n in lengths])
+    with torch.no_grad():
+        with attach_idp(model, bank, layers=layers, scores=scores), FlopCounterMode(display=False) as chosen:
+            latency.plain(model, ids, None)
+        with FlopCounterMode(display=False) as prefix:
+            table[latency.PREFIX][1](model, ids, None)
+    expected = latency.choice_flops(model.config, T, 3, 9, layers, scores)
+    assert chosen.get_total_flops() - prefix.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_what_a_pass_costs_on_paper_is_what_torch_counts(name):
+    model, T, N = tiny_model(name), 11, 3
+    ids = torch.randint(3, 97, (1, T), generator=torch.Generator().manual_seed(0))
+    _, call = latency.variants(model, N)[latency.PREFIX]
+    model.set_attn_implementation("eager")                 # its products show: those of the fused one are not counted on a CPU
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        call(model, ids, None)
+    head = 2 * model.config.hidden_size * model.config.vocab_size          # of the last token's logits
+    assert counted.get_total_flops() - head == latency.pass_flops(model, T, N)
+
+
+def test_llama_7b_by_hand():
+    """[Fig. 4] 32 layers of 2 T d for the mean query and 2 m d for its product with m mean keys, d = 4096."""
+    large = latency.random_model("llama-7b", "meta", torch.float32)
+    flops = latency.choice_flops(large.config, 512, 2, 150)
+    assert flops == 32 * 2 * 4096 * (512 + 2) == 134_742_016
+    assert flops < 3e-5 * latency.pass_flops(large, 512, 100)
+    assert "a choice under every, logits 1.35e+08 (0.002 %)" in latency.on_paper("LLaMA-7B", large, 512, [50, 100])
+
+
 @pytest.mark.parametrize("shape", sorted(latency.SHAPES))
 def test_shapes_are_the_published_ones(shape):
     """Parameter counts of the published models, without making any weights."""
@@ -97,7 +159,7 @@ def test_the_command(tmp_path, capsys):
     out = tmp_path / "run"
     latency.main(["--lengths", "8", "--repeats", "1", "--decode-tokens", "1", "--prompt-length", "2", "--out", str(out)])
     printed = capsys.readouterr().out
-    assert "| 8 | IDP, m = 4 |" in printed and (out / "latency.md").read_text() == printed
+    assert "| 8 | IDP every, logits, m = 4 |" in printed and "On paper, LLaMA-7B, 512 tokens" in printed and (out / "latency.md").read_text() == printed
     assert json.loads((out / "latency.json").read_text())["times"]["8"]["dense"]["prefill"][0] > 0
     with pytest.raises(UserError, match="--lengths 600: the model reads 488 tokens beside 24"):
         latency.main(["--lengths", "600"])
@@ -108,6 +170,6 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_reports_peak_memory():
     model = tiny_model("llama").to("cuda")
-    table = latency.variants(model, 2, with_compressed=False)
+    table = latency.variants(model, 2)
     seen = latency.measure(model, table, torch.randint(3, 97, (1, 6), device="cuda"), repeats=1, decode_tokens=1)
     assert all(times["peak"] > 0 for times in seen.values())
