@@ -64,7 +64,7 @@ def test_a_variant_has_the_reading_of_its_name(table, layers, scores, m):
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), attached() as idp:
         call(model, ids, None)
-    assert (idp.layers, idp.scores_are, idp.bank.m) == (layers, scores, m)
+    assert attached.keywords == {"layers": layers, "scores": scores} and idp.bank.m == m
     assert idp.choice.shape == ((len(idp.bank.keys), 2) if layers == "every" else (2,))
 
 
