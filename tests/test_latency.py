@@ -79,6 +79,12 @@ def test_a_ratio_is_the_median_of_ratios_within_a_repeat():
     assert latency.ratio(times, "a", "b", "prefill") == 0.5
 
 
+def test_fastest_by_fastest():
+    """A repeat that something disturbed changes nothing, whichever of the two it hit."""
+    times = {"a": {"prefill": [1.0, 9.0, 1.0]}, "b": {"prefill": [30.0, 2.0, 2.0]}}
+    assert latency.fastest(times, "a", "b", "prefill") == 0.5
+
+
 def test_measure_counts_repeats_without_the_warm_up():
     calls = []
 
