@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 import compress
 from evaluate import adapter_name, command_line, prompt_columns
+from experiments.style import pyplot, styles
 from idp_minimal import IDP
 from methods.registry import load_adapter
 from support.architectures import blocks_of, check_room, device_name, pick_device, room, versions
@@ -250,21 +251,16 @@ def text_of(rows, caption):
     return "\n\n".join(parts) + "\n"
 
 
-STYLES = [("#999999", "-", "x"), ("black", "-", "o"), ("#d55e00", "--", "s"), ("#0072b2", "-.", "^"),
-          ("#009e73", ":", "D"), ("#cc79a7", (0, (5, 1)), "v"), ("#56b4e9", (0, (1, 1)), "P")]  # also in grey
-
-
 def figure(rows, caption):
     """One panel per measure over the layers. -> matplotlib Figure."""
-    import matplotlib                                      # only figures need it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(2, 3, figsize=(12.6, 7))
+    looks = styles(row["row"] for row in rows)
     lines = {}                                             # {index of a row: its line}, for the legend
     for ax, key in zip(axes.flat, MEASURES):
         for i, row in enumerate(rows):
             if has(row, key):
-                lines[i] = panel_line(ax, row["layers"][key], *STYLES[i % len(STYLES)])
+                lines[i] = panel_line(ax, row["layers"][key], *looks[i])
         ax.set_title(MEASURES[key][0], fontsize=10)
         ax.set(xlabel="layer", ylabel=MEASURES[key][1], xlim=(0.5, None))
         ax.xaxis.get_major_locator().set_params(integer=True)

@@ -18,7 +18,7 @@ import re
 import statistics
 
 from experiments.fidelity import COSINES, flips
-from experiments.patterns import STYLES
+from experiments.style import HATCHES, pyplot, styles
 from experiments.sweep import bar
 from support.tables import markdown
 from support.uncertainty import (
@@ -247,25 +247,19 @@ def summary(lines):
 
 
 # --- 3. Figures ---------------------------------------------------------------------------------------------
-# Colours, line styles and markers all differ, so that lines are told apart in grey print as well.
-
-HATCHES = ("", "//", "..", "xx", "\\\\", "++")
-
 
 def canvas(panels, title):
     """A figure with panels side by side. -> (figure, axes)."""
-    import matplotlib                                      # only figures need it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.6), squeeze=False)
     fig.suptitle(title, fontsize=9, wrap=True)
     plt.close(fig)
     return fig, axes[0]
 
 
-def points(ax, k, x, values, label):
-    """A line with error bars. values: [(value, [low, high] or None)]."""
-    color, line, marker = STYLES[1 + k % (len(STYLES) - 1)]
+def points(ax, style, x, values, label):
+    """A line with error bars. style: of styles(); values: [(value, [low, high] or None)]."""
+    color, line, marker = style
     bars = list(zip(*(bar(value, ci95) for value, ci95 in values)))                            # (2, points)
     ax.errorbar(x, [value for value, _ in values], yerr=bars, color=color, linestyle=line, marker=marker,
                 capsize=3, label=label)
@@ -309,10 +303,10 @@ def compression_figure(lines, title):
     kinds = (("bits", ("rtn", "gptq"), "bits per weight"),
              ("sparsity", ("magnitude", "sparsegpt"), "zeros, %"))
     for ax, (key, names, words) in zip(axes, kinds):
-        for k, name in enumerate(names):
+        for style, name in zip(styles(names), names):
             some = [line for line in lines if line.spec.compression and line.spec.compression[0] == name]
             x = [line.spec.compression[1][key] * (1 if key == "bits" else 100) for line in some]
-            points(ax, k, x, [value(line) for line in some], name)
+            points(ax, style, x, [value(line) for line in some], name)
         levels(ax, lines, value)
         ax.set(xlabel=words, ylabel=label)
     axes[0].invert_xaxis()                                 # both panels compress more to the right
@@ -325,8 +319,10 @@ def over_tokens(lines, series, words, title):
     fig, axes = canvas(len(panels), title)
     ticks = sorted({tokens for some in series.values() for tokens, _ in some})
     for ax, (label, value) in zip(axes, panels):
-        for k, (name, some) in enumerate(series.items()):  # a little apart: no bar hides another
-            points(ax, k, [tokens * 1.04 ** k for tokens, _ in some], [value(line) for _, line in some], name)
+        looks = enumerate(zip(styles(series), series.items()))
+        for k, (style, (name, some)) in looks:             # a little apart: no bar hides another
+            x = [tokens * 1.04 ** k for tokens, _ in some]
+            points(ax, style, x, [value(line) for _, line in some], name)
         levels(ax, lines, value)
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, [f"{tokens:g}" for tokens in ticks])
@@ -355,13 +351,13 @@ def gain_figure(lines, title):
     found, (fig, axes) = gains(lines), canvas(1, title)
     tasks, ax = list(lines[0].rows[0]["tasks"]), axes[0]
     width = 0.8 / max(1, len(found))
-    for k, (label, tests) in enumerate(found.items()):
+    for k, ((color, _, _), (label, tests)) in enumerate(zip(styles(found), found.items())):
         several = [tests[task] for task in tasks]
         x = [i + (k + 0.5) * width - 0.4 for i in range(len(tasks))]
         ends = zip(*(bar(test["difference"], test["ci95"]) for test in several))               # (2, tasks)
         bars = [[100 * end for end in side] for side in ends]
         ax.bar(x, [100 * test["difference"] for test in several], width, yerr=bars, capsize=2, label=label,
-               color=STYLES[2 + k % 5][0], edgecolor="black", hatch=HATCHES[k % len(HATCHES)], alpha=0.8)
+               color=color, edgecolor="black", hatch=HATCHES[k % len(HATCHES)], alpha=0.8)
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 4 else 0)
     ax.set_ylabel("gain over the compressed model, points")
@@ -372,9 +368,9 @@ def cosine_figure(lines, title):
     """[Fig. 6] Cosine to the dense model over the layers: attention, activations."""
     fig, axes = canvas(2, title)
     for ax, name in zip(axes, COSINES):
-        for k, line in enumerate(line for line in lines if line.label != "dense"):
+        drawn = [line for line in lines if line.label != "dense"]
+        for (color, style, marker), line in zip(styles(line.label for line in drawn), drawn):
             values = cosine(line, name)
-            color, style, marker = STYLES[1 + k % (len(STYLES) - 1)]
             x = range(1, len(values) + 1)
             ax.plot(x, values, color=color, linestyle=style, marker=marker, markersize=4, label=line.label)
         ax.set(xlabel="layer", ylabel=f"cosine of {name} to the dense model's")

@@ -19,6 +19,7 @@ import torch
 import compress
 import evaluate
 import recover
+from experiments.style import pyplot, styles
 from methods.registry import METHODS
 from support.architectures import device_name
 from support.cli import Kept, UserError, parse_flags, refuse_given, run
@@ -191,9 +192,7 @@ def bar(value, interval):
 
 def figure(rows, title):
     """Quality against trainable parameters, a line per method: the first task's accuracy, and perplexity."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     task = next(iter(rows[0]["tasks"]), None)
     panels = [("perplexity", lambda row: row["ppl"], perplexity_interval)]
     if task:
@@ -201,12 +200,12 @@ def figure(rows, title):
                           lambda row: [100 * x for x in row["tasks"][task]["ci95"]]))
     fig, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
     for ax, (label, value, interval) in zip(axes[0], panels):
-        for method, marker, style in zip(METHODS, "os^D", ("-", "--", ":", "-.")):
+        for method, (color, style, marker) in zip(METHODS, styles(METHODS)):
             points = [row for row in rows if row["row"].startswith(method + ",")]
             if points:
                 bars = list(zip(*(bar(value(row), interval(row)) for row in points)))          # (2, points)
                 ax.errorbar([row["trainable_params"] for row in points], [value(row) for row in points],
-                            yerr=bars, marker=marker, linestyle=style, capsize=3, label=method)
+                            yerr=bars, color=color, marker=marker, linestyle=style, capsize=3, label=method)
         for row, style in ((rows[0], (0, (1, 1))), (rows[1], (0, (5, 1)))):
             ax.axhline(value(row), color="0.4", linestyle=style, linewidth=1)
             ax.text(1, value(row), row["row"], fontsize=9, color="0.3", va="bottom", ha="right",
