@@ -24,15 +24,20 @@ SPARE = [("#56b4e9", (0, (1, 1)), "P"), ("#e69f00", (0, (3, 1, 1, 1)), "X"), ("#
 HATCHES = ("", "//", "..", "xx", "\\\\", "++")             # of bars
 
 
-def styles(names):
-    """What the rows of one figure look like. -> [(colour, line, marker)].
+def style_of(name):
+    """The style of the first word of STYLES that a name holds. -> (colour, line, marker), or None."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((style for word, style in STYLES.items() if word in words), None)
 
-    A name that holds a word of STYLES has its style; a second one of that word, or none, one of the spares.
+
+def styles(names):
+    """What the lines of one figure look like. -> [(colour, line, marker)].
+
+    A name has the style of its word; a second one of that word, and one without, has one of the spares.
     """
     found, spare = [], 0
     for name in names:
-        words = re.findall(r"[a-z]+", name.lower())
-        style = next((style for word, style in STYLES.items() if word in words), None)
+        style = style_of(name)
         if style is None or style in found:
             style, spare = SPARE[spare % len(SPARE)], spare + 1
         found.append(style)
