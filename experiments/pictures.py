@@ -156,7 +156,7 @@ LAYER, GROUP = "mlp.down_proj", 3                          # of the first block;
 
 
 def grids(toy):
-    """One group of weights and three 3-bit grids. The row: where the largest |w| stands out most."""
+    """One group of weights and three 3-bit grids. The row: where clipping narrows the grid most."""
     model, _ = load_model("toy")
     block = blocks_of(model)[0]
     H = compress.hessians(block, *compress.first_block_inputs(model, toy.calibration(), model.device))[LAYER]
@@ -166,12 +166,12 @@ def grids(toy):
         details = {}
         function(W, bits=3, group_size=64, details=details)
         found[name] = details["grid"]
-    group = W[:, 64 * GROUP:64 * (GROUP + 1)]              # (out, 64)
-    row = (group.abs().amax(1) / group.std(1)).argmax().item()
+    scales = [grid.scale[:, GROUP].float() for grid in found.values()]                         # 3 x (out,)
+    row = (scales[1] / scales[0]).argmin().item()
     several = {name: points_of(grid, row) for name, grid in found.items()}
     title = f"The 64 weights of one group: block 1, {LAYER}, row {row + 1}, group {GROUP + 1}"
     lines = [f"{name}: " + " ".join(f"{point:.3f}" for point in points) for name, (points, _) in several.items()]
-    return draw.grids(group[row].tolist(), several, title), "\n".join([title, *lines])
+    return draw.grids(W[row, 64 * GROUP:64 * (GROUP + 1)].tolist(), several, title), "\n".join([title, *lines])
 
 
 def points_of(grid, row):
@@ -244,7 +244,7 @@ def add_own(parser):
 
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError for what cannot work."""
-    args = parse_flags(__doc__, ["seed", "steps", "limit", "out"], argv, defaults={"limit": 300}, add=add_own)
+    args = parse_flags(__doc__, ["seed", "steps", "limit", "out"], argv, defaults={"limit": 200}, add=add_own)
     args.names = [name for name, (needs, _) in PICTURES.items() if needs != "file" or name == args.name]
     if args.name != "all":
         args.names = [args.name]

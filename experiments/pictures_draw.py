@@ -57,7 +57,7 @@ def grids(weights, several, title):
 
     several: {name: (points, counts)}.
     """
-    fig, axes = canvas(1.9 * len(several) + 1, rows=len(several), sharex=True)
+    fig, axes = canvas(1.9 * len(several) + 1, rows=len(several), sharex=True, sharey=True)
     for ax, (name, (points, counts)) in zip(axes[:, 0], several.items()):
         ax.hist(weights, bins=32, color="#cccccc", label="weights, before")
         ax.vlines(points, 0, counts, color="#0072b2", linewidth=2)
@@ -67,8 +67,9 @@ def grids(weights, several, title):
         ax.set_title(name, fontsize=NORMAL, loc="left")
         ax.set_ylabel("weights", fontsize=NORMAL)
     axes[-1, 0].set_xlabel("value of a weight", fontsize=NORMAL)
-    axes[0, 0].legend(fontsize=SMALL, frameon=False)
-    return finish(fig, title)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False, fontsize=SMALL,
+               handlelength=1)
+    return finish(fig, title, below=0.05)
 
 
 def errors(found):
