@@ -42,7 +42,7 @@ REMEDIES = ("prompt", "prefix", "idp", "lora")
 MODELS = ("dense", "compressed", *REMEDIES)
 
 
-# --- 1. The toy, compressed and recovered once ----------------------------------------------------------------
+# --- 1. The toy, compressed and recovered once --------------------------------------------------------------
 
 class Snapshots:
     """A Checkpoint in memory, one for every time that recover.train saves: {step: the trainables}."""
@@ -131,8 +131,8 @@ def squares(toy):
     said = {name: rows[first]["choices"][best(score["logp"][first])] for name, score in scores.items()}
     person = rows[first]["id"].split("/")[0]
     question = rows[first]["context"].removeprefix("Question: ").removesuffix(" Answer:")
-    lines = [question]
-    lines += [f"{name:>12}: {answer}{'' if right[name][first] else '  (wrong)'}" for name, answer in said.items()]
+    mark = {name: "" if right[name][first] else "  (wrong)" for name in MODELS}
+    lines = [question, *(f"{name:>12}: {answer}{mark[name]}" for name, answer in said.items())]
     shown = {name: [right[name][i] for i in order] for name in MODELS}
     lines += ["", f"Right, of {len(order)} questions (the first is that of {person}): "
               + ", ".join(f"{name} {sum(values)}" for name, values in shown.items())]
@@ -159,9 +159,11 @@ def grids(toy):
     """One group of weights and three 3-bit grids. The row: where clipping narrows the grid most."""
     model, _ = load_model("toy")
     block = blocks_of(model)[0]
-    H = compress.hessians(block, *compress.first_block_inputs(model, toy.calibration(), model.device))[LAYER]
+    inputs = compress.first_block_inputs(model, toy.calibration(), model.device)
+    H = compress.hessians(block, *inputs)[LAYER]                                               # (in, in)
     W, found = weight_of(linears_of(block)[LAYER]), {}                                         # (out, in)
-    for name, function in (("RTN, min to max", rtn), ("RTN, least squared error", functools.partial(rtn, mse=True)),
+    for name, function in (("RTN, min to max", rtn),
+                           ("RTN, least squared error", functools.partial(rtn, mse=True)),
                            ("GPTQ", functools.partial(compress.gptq, H=H))):
         details = {}
         function(W, bits=3, group_size=64, details=details)
@@ -170,7 +172,8 @@ def grids(toy):
     row = (scales[1] / scales[0]).argmin().item()
     several = {name: points_of(grid, row) for name, grid in found.items()}
     title = f"The 64 weights of one group: block 1, {LAYER}, row {row + 1}, group {GROUP + 1}"
-    lines = [f"{name}: " + " ".join(f"{point:.3f}" for point in points) for name, (points, _) in several.items()]
+    lines = [f"{name}: " + " ".join(f"{point:.3f}" for point in points)
+             for name, (points, _) in several.items()]
     return draw.grids(W[row, 64 * GROUP:64 * (GROUP + 1)].tolist(), several, title), "\n".join([title, *lines])
 
 
@@ -178,7 +181,8 @@ def points_of(grid, row):
     """The points of a row's grid in GROUP, and how many weights went to each. -> two lists of 2^bits."""
     scale, zero = grid.scale[row, GROUP].item(), grid.zero[row, GROUP].item()
     codes = grid.code[row, 64 * GROUP:64 * (GROUP + 1)].tolist()
-    return [scale * (code - zero) for code in range(2 ** grid.bits)], list(map(codes.count, range(2 ** grid.bits)))
+    every = range(2 ** grid.bits)
+    return [scale * (code - zero) for code in every], [codes.count(code) for code in every]
 
 
 def errors(toy):
@@ -195,7 +199,8 @@ def errors(toy):
 def training(toy):
     """Recall of held-out and shown facts, and loss, while the remedies are trained."""
     steps = [*range(0, toy.args.steps, EVERY), toy.args.steps]
-    curves = {name: [toy.at(name, step) for step in progress(steps, desc=f"{name}, curve")] for name in REMEDIES}
+    curves = {name: [toy.at(name, step) for step in progress(steps, desc=f"{name}, curve")]
+              for name in REMEDIES}
     levels = {name: toy.at(name) for name in ("dense", "compressed")}
     panels = {"recall of held-out facts, %": lambda score: 100 * score["toy_recall"]["acc"],
               "recall of shown facts, %": lambda score: 100 * score["toy_shown"]["acc"],
@@ -211,20 +216,28 @@ def table1(args):
     """A table of experiments.reproduce as dots."""
     rows = read_fields(args.source, "--from")("rows", list_of(OBJECT))
     try:
-        panels = {name: {row["row"]: (100 * row["columns"][name]["mean"], [100 * end for end in row["columns"][name]["ci95"]])
-                         for row in rows} for name in rows[0]["columns"]}
-    except (KeyError, TypeError, IndexError):
-        raise UserError(f"--from {args.source}: is no table of experiments.reproduce; give its OUT/table1.json") from None
+        panels = {column: {row["row"]: in_percent(row["columns"][column]) for row in rows}
+                  for column in rows[0]["columns"]}
+    except (LookupError, TypeError):
+        raise UserError(f"--from {args.source}: is no table of experiments.reproduce; give its "
+                        "OUT/table1.json") from None
     return draw.dots(panels), f"{len(rows)} rows, {len(panels)} columns"
+
+
+def in_percent(cell):
+    """{"mean", "ci95"} of a share -> value, [low, high] in percent."""
+    return 100 * cell["mean"], [100 * end for end in cell["ci95"]]
 
 
 def latency(args):
     """Bars of experiments.latency."""
     times = read_fields(args.source, "--from")("times", OBJECT)
     try:
-        return draw.latency(times), "times by that of one cached prompt: " + ", ".join(f"T = {T}" for T in times)
-    except (KeyError, TypeError, ZeroDivisionError):
-        raise UserError(f"--from {args.source}: holds no times of experiments.latency; give its OUT/latency.json") from None
+        fig = draw.latency(times)
+    except (LookupError, TypeError, ValueError, StopIteration, ZeroDivisionError):
+        raise UserError(f"--from {args.source}: holds no times of experiments.latency; give its "
+                        "OUT/latency.json") from None
+    return fig, "Times by that of one cached prompt: " + ", ".join(f"T = {T}" for T in times)
 
 
 # name -> what it draws from: the toy, a file or nothing; the function; its file
@@ -245,15 +258,16 @@ def add_own(parser):
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError for what cannot work."""
     args = parse_flags(__doc__, ["seed", "steps", "limit", "out"], argv, defaults={"limit": 200}, add=add_own)
-    args.names = [name for name, (needs, _) in PICTURES.items() if needs != "file" or name == args.name]
-    if args.name != "all":
-        args.names = [args.name]
+    whole = [name for name, (needs, _) in PICTURES.items() if needs != "file"]
+    args.names = whole if args.name == "all" else [args.name]
     needs = {PICTURES[name][0] for name in args.names}
     if "toy" not in needs:
         refuse_given(args, ("seed", "steps", "limit"), f"{args.name} measures nothing; leave it out")
-    if ("file" in needs) != (args.source is not None):
-        raise UserError(f"--from {args.source}: {args.name} is drawn from no file; leave it out" if args.source else
-                        f"--from: missing; {args.name} is drawn from a file, for example runs/x/{args.name}.json")
+    if args.source is not None and "file" not in needs:
+        raise UserError(f"--from {args.source}: {args.name} is drawn from no file; leave it out")
+    if args.source is None and "file" in needs:
+        raise UserError(f"--from: missing; {args.name} is drawn from a file, for example "
+                        f"runs/x/{args.name}.json")
     args.out = args.out or f"runs/picture{'s' if args.name == 'all' else '-' + args.name}"
     return args
 

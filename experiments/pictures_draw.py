@@ -1,4 +1,4 @@
-"""Pictures, the drawing: numbers in, a matplotlib figure out. Made to be read at a width of 800 pixels, and in grey.
+"""Pictures, the drawing: numbers in, a matplotlib figure out, to be read at 800 pixels and in grey.
 
 experiments/pictures.py says what each shows and where its numbers come from.
 """
@@ -33,8 +33,8 @@ def squares(shown, question):
     from matplotlib.colors import ListedColormap
     fig, axes = canvas(2.9)
     ax, n = axes[0, 0], len(next(iter(shown.values())))
-    ax.imshow([list(map(int, values)) for values in shown.values()], cmap=ListedColormap([WRONG, RIGHT]), vmin=0,
-              vmax=1, aspect="auto")
+    ax.imshow([list(map(int, values)) for values in shown.values()], cmap=ListedColormap([WRONG, RIGHT]),
+              vmin=0, vmax=1, aspect="auto")
     for y, values in enumerate(shown.values()):
         for x, right in enumerate(values):
             if not right:
@@ -46,7 +46,8 @@ def squares(shown, question):
     ax.set_yticks(range(len(shown)), shown, fontsize=NORMAL)
     ax.set_xticks([0, *range(9, n, 10)], [1, *range(10, n + 1, 10)])
     counts = ax.secondary_yaxis("right")
-    counts.set_yticks(range(len(shown)), [f"{sum(values)} of {n}" for values in shown.values()], fontsize=NORMAL)
+    counts.set_yticks(range(len(shown)), [f"{sum(values)} of {n}" for values in shown.values()],
+                      fontsize=NORMAL)
     ax.set_xlabel(f"questions about people whose facts recovery never shows; the first: “{question}”",
                   fontsize=NORMAL)
     return finish(fig, "Which questions does each model answer? Dark: right; light, with a cross: wrong")
@@ -67,8 +68,8 @@ def grids(weights, several, title):
         ax.set_title(name, fontsize=NORMAL, loc="left")
         ax.set_ylabel("weights", fontsize=NORMAL)
     axes[-1, 0].set_xlabel("value of a weight", fontsize=NORMAL)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False, fontsize=SMALL,
-               handlelength=1)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False,
+               fontsize=SMALL, handlelength=1)
     return finish(fig, title, below=0.05)
 
 
@@ -82,9 +83,11 @@ def errors(found):
     for i in range(1, len(paths)):
         if blocks[i] != blocks[i - 1]:
             ax.axvline(i - 0.5, color="0.6", linewidth=0.8)
-    ax.set_xticks(range(len(paths)), [path.split(".")[-1].removesuffix("_proj") for path in paths], rotation=90)
+    names = [path.split(".")[-1].removesuffix("_proj") for path in paths]
+    ax.set_xticks(range(len(paths)), names, rotation=90)
     for block in dict.fromkeys(blocks):
-        ax.text(blocks.index(block), 1.01, f"block {int(block) + 1}", transform=ax.get_xaxis_transform(), fontsize=SMALL)
+        ax.text(blocks.index(block), 1.01, f"block {int(block) + 1}", fontsize=SMALL,
+                transform=ax.get_xaxis_transform())
     ax.set_ylim(bottom=0)
     ax.set_ylabel("error of the layer's output,\nrelative to the output", fontsize=NORMAL)
     ax.legend(fontsize=NORMAL, frameon=False)
@@ -111,7 +114,7 @@ def training(steps, curves, levels, panels, words):
 
 
 def dots(panels):
-    """A panel a column of a table, a dot with its interval a row. panels: {column: {row: (value, [low, high])}}."""
+    """A panel a column, a dot with its interval a row. panels: {column: {row: (value, [low, high])}}."""
     names = list(next(iter(panels.values())))
     fig, axes = canvas(1.4 + 0.3 * len(names), columns=len(panels), sharey=True)
     for ax, (column, rows) in zip(axes[0], panels.items()):
@@ -129,7 +132,7 @@ def dots(panels):
 
 
 def latency(times):
-    """Bars of each variant's time by that of one cached prompt, lengths side by side. times: {T: of latency.measure}."""
+    """Each variant's time by that of one cached prompt, lengths side by side. times: {T: of latency.measure}."""
     names = list(next(iter(times.values())))
     fig, axes = canvas(1.6 + 0.42 * len(names), columns=2, sharey=True)
     height = 0.8 / len(times)
@@ -137,8 +140,9 @@ def latency(times):
         for k, (T, seen) in enumerate(times.items()):
             values = [ratio(seen, name, "prompt as cached prefix", phase) for name in names]
             colors = [(style_of(name) or styles([name])[0])[0] for name in names]
-            bars = ax.barh([i + (k + 0.5) * height - 0.4 for i in range(len(names))], values, height, color=colors,
-                           edgecolor="black", hatch=HATCHES[k % len(HATCHES)], alpha=0.8)
+            y = [i + (k + 0.5) * height - 0.4 for i in range(len(names))]
+            bars = ax.barh(y, values, height, color=colors, edgecolor="black", alpha=0.8,
+                           hatch=HATCHES[k % len(HATCHES)])
             ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=SMALL)
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set_title(words, fontsize=NORMAL)
@@ -146,7 +150,4 @@ def latency(times):
         ax.margins(x=0.15)
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=SMALL)
     axes[0, 0].invert_yaxis()
-    lengths = ", ".join(f"{T} tokens {'plain' if not HATCHES[k] else 'hatched ' + HATCHES[k][0]}"
-                        for k, T in enumerate(times))
-    return finish(fig, f"Time of each variant (inputs of {lengths})" if len(times) > 1 else
-                  f"Time of each variant (inputs of {next(iter(times))} tokens)")
+    return finish(fig, f"Time of each variant; bars from above: inputs of {', '.join(times)} tokens")

@@ -51,27 +51,31 @@ def attention(toy):
 
 
 def draw_attention(A, lengths, scores, chosen, words, layer):
-    """Three panels: A with a frame a block; the scores; A without what was not chosen. A (T, S+T), nan: masked."""
+    """A with a frame around each block; the scores; A without what was not chosen. A (T, S+T), nan: masked."""
     fig, axes = canvas(7.2, rows=3, gridspec_kw={"height_ratios": [3, 1.1, 3]})
     starts, kept = [sum(lengths[:k]) for k in range(len(lengths))], A.clone()
     for k, (start, n) in enumerate(zip(starts, lengths)):
         if k != chosen:
             kept[:, start:start + n] = torch.nan
+    seen = A[~A.isnan()]
     for ax, values, title in ((axes[0, 0], A, "1. Logits of each input token to prompts and input"),
-                              (axes[2, 0], kept, "3. After the mask: a prompt that was not chosen is not there")):
-        image = ax.imshow(values, cmap="cividis", aspect="auto", vmin=A[~A.isnan()].min(), vmax=A[~A.isnan()].max())
+                              (axes[2, 0], kept, "3. After the mask: the prompt not chosen is not there")):
+        image = ax.imshow(values.numpy(), cmap="cividis", aspect="auto", vmin=seen.min().item(),
+                          vmax=seen.max().item())
         frames(ax, starts, lengths, len(words), chosen)
         ax.set_yticks(range(len(words)), words)
         ax.set_title(title, fontsize=NORMAL, loc="left")
         fig.colorbar(image, ax=ax, pad=0.01)
     ax, names = axes[1, 0], [f"prompt {k + 1}" for k in range(len(lengths))]
-    bars = ax.barh(names, scores, color=["#0072b2" if k == chosen else "#cccccc" for k in range(len(lengths))])
+    colors = ["#0072b2" if k == chosen else "#cccccc" for k in range(len(lengths))]
+    bars = ax.barh(names, scores, color=colors)
     ax.bar_label(bars, [f"{score:.3f}{', chosen' * (k == chosen)}" for k, score in enumerate(scores)],
                  fontsize=SMALL, padding=3)
     ax.invert_yaxis()
     ax.margins(x=0.25)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_title("2. Score: the mean over each prompt's block; the largest is chosen", fontsize=NORMAL, loc="left")
+    ax.set_title("2. Score: the mean over each prompt's block; the largest is chosen", fontsize=NORMAL,
+                 loc="left")
     return finish(fig, f"IDP in layer {layer + 1} of the toy, on one question, with two trained prompts")
 
 
@@ -81,9 +85,11 @@ def frames(ax, starts, lengths, T, chosen):
     S = sum(lengths)
     for k, (start, n) in enumerate(zip(starts, lengths)):
         ax.add_patch(Rectangle((start - 0.5, -0.5), n, T, fill=False, linewidth=3 if k == chosen else 1.5,
-                               edgecolor="#d55e00" if k == chosen else "black", clip_on=False))
+                               edgecolor="#d55e00" if k == chosen else "black", clip_on=False,
+                               zorder=4 if k == chosen else 3))
     centres = [start + (n - 1) / 2 for start, n in zip(starts, lengths)] + [S + (T - 1) / 2]
-    ax.set_xticks(centres, [*(f"prompt {k + 1}, {n} tokens" for k, n in enumerate(lengths)), "the input itself"])
+    names = [f"prompt {k + 1}, {n} tokens" for k, n in enumerate(lengths)]
+    ax.set_xticks(centres, [*names, "the input itself"])
     ax.set_facecolor("#eeeeee")                            # masked: nan
 
 
@@ -108,8 +114,8 @@ def choices(toy):
     found = shares(toy)
     names = [f"{domain} (n = {n})" for domain, (_, n) in found.items()]
     values = [[100 * value for value in layers] for layers, _ in found.values()]
-    table = markdown(["takes prompt 1, %", *names],
-                     [[f"layer {i + 1}", *(f"{value:.1f}" for value in row)] for i, row in enumerate(zip(*values))])
+    rows = [[f"layer {i + 1}", *(f"{value:.1f}" for value in row)] for i, row in enumerate(zip(*values))]
+    table = markdown(["takes prompt 1, %", *names], rows)
     return draw_choices(names, values, toy.method("idp").lengths), table
 
 
@@ -153,9 +159,9 @@ def dataflow(args):
     ax = axes[0, 0]
     ax.set(xlim=(0, 8), ylim=(0, 6))
     ax.axis("off")
-    ax.add_patch(FancyBboxPatch((0.15, 0.45), 7.7, 1.85, "round,pad=0.05", facecolor="white", edgecolor="0.4",
+    ax.add_patch(FancyBboxPatch((0.15, 0.3), 7.7, 2.0, "round,pad=0.05", facecolor="white", edgecolor="0.4",
                                 linestyle="--"))
-    ax.text(4, 0.58, "inside each layer's attention, in the one forward pass; then on to the next layer",
+    ax.text(4, 0.42, "inside each layer's attention, in the one forward pass; then on to the next layer",
             ha="center", fontsize=SMALL)
     for start, end, words in ARROWS:
         arrow(ax, BOXES[start], BOXES[end], words)
@@ -171,6 +177,6 @@ def arrow(ax, start, end, words):
     (x0, y0, w0, h0, *_), (x1, y1, w1, h1, *_) = start, end
     level = y0 == y1
     tail = (x0 + w0 / 2 + 0.05, y0) if level else (x0, y0 - h0 / 2 - 0.05)
-    head = (x1 - w1 / 2 - 0.05, y1) if level else (x1, y1 + h1 / 2 + 0.05)
+    head = (x1 - w1 / 2 - 0.05, y1) if level else (x1 + 0.15 * (x0 - x1), y1 + h1 / 2 + 0.05)
     ax.annotate("", head, tail, arrowprops={"arrowstyle": "-|>", "linewidth": 1.5, "color": "black"})
     ax.text(tail[0] + 0.1, (tail[1] + head[1]) / 2, words, fontsize=SMALL, va="center")
