@@ -119,7 +119,7 @@ class Toy(recover.Run):
         return compress.calibration_ids(self.train_ids, args.nsamples, args.seqlen, args.seed)
 
 
-# --- 2. Pictures: numbers, the figure, and words to print -----------------------------------------------------
+# --- 2. Pictures: numbers, the figure, and words to print ---------------------------------------------------
 
 def squares(toy):
     """Forty questions about people whose facts recovery never shows, and six models."""
@@ -174,7 +174,8 @@ def grids(toy):
     title = f"The 64 weights of one group: block 1, {LAYER}, row {row + 1}, group {GROUP + 1}"
     lines = [f"{name}: " + " ".join(f"{point:.3f}" for point in points)
              for name, (points, _) in several.items()]
-    return draw.grids(W[row, 64 * GROUP:64 * (GROUP + 1)].tolist(), several, title), "\n".join([title, *lines])
+    weights = W[row, 64 * GROUP:64 * (GROUP + 1)].tolist()
+    return draw.grids(weights, several, title), "\n".join([title, *lines])
 
 
 def points_of(grid, row):
@@ -232,12 +233,11 @@ def in_percent(cell):
 def latency(args):
     """Bars of experiments.latency."""
     times = read_fields(args.source, "--from")("times", OBJECT)
-    try:
-        fig = draw.latency(times)
-    except (LookupError, TypeError, ValueError, StopIteration, ZeroDivisionError):
+    known = [isinstance(seen, dict) and "prompt as cached prefix" in seen for seen in times.values()]
+    if not known or not all(known):
         raise UserError(f"--from {args.source}: holds no times of experiments.latency; give its "
-                        "OUT/latency.json") from None
-    return fig, "Times by that of one cached prompt: " + ", ".join(f"T = {T}" for T in times)
+                        "OUT/latency.json")
+    return draw.latency(times), "Times by that of one cached prompt: " + ", ".join(f"T = {T}" for T in times)
 
 
 # name -> what it draws from: the toy, a file or nothing; the function; its file
@@ -247,12 +247,12 @@ PICTURES = {
     "dataflow": (None, idp.dataflow), "table1": ("file", table1), "latency": ("file", latency)}
 
 
-# --- 3. The command -------------------------------------------------------------------------------------------
+# --- 3. The command -----------------------------------------------------------------------------------------
 
 def add_own(parser):
     """The name of a picture, and the one flag that only this script has."""
     parser.add_argument("name", choices=[*PICTURES, "all"], help="which picture; all that need no file")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="table1.json or latency.json, to draw from")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="table1.json or latency.json")
 
 
 def parse(argv=None):

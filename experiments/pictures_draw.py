@@ -29,7 +29,7 @@ def finish(fig, title, below=0):
 
 
 def squares(shown, question):
-    """A row a model, a column a question: dark is right; light, with a cross, wrong. shown: {model: [bool]}."""
+    """A row a model, a column a question: dark is right, light with a cross wrong. shown: {model: [bool]}."""
     from matplotlib.colors import ListedColormap
     fig, axes = canvas(2.9)
     ax, n = axes[0, 0], len(next(iter(shown.values())))
@@ -64,7 +64,8 @@ def grids(weights, several, title):
         ax.vlines(points, 0, counts, color="#0072b2", linewidth=2)
         ax.plot(points, counts, "o", color="#0072b2", label="weights at each grid point, after")
         ax.plot(points, [0] * len(points), "|", color="black", markersize=12, label="grid points")
-        ax.plot([0], [0], "D", color="#d55e00", markersize=8, clip_on=False, zorder=3, label="0, on every grid")
+        ax.plot([0], [0], "D", color="#d55e00", markersize=8, clip_on=False, zorder=3,
+                label="0, on every grid")
         ax.set_title(name, fontsize=NORMAL, loc="left")
         ax.set_ylabel("weights", fontsize=NORMAL)
     axes[-1, 0].set_xlabel("value of a weight", fontsize=NORMAL)
@@ -78,7 +79,8 @@ def errors(found):
     fig, axes = canvas(3.8)
     ax, paths = axes[0, 0], list(next(iter(found.values())))
     for name, (color, line, marker) in zip(found, styles(found)):
-        ax.plot(range(len(paths)), found[name].values(), color=color, linestyle=line, marker=marker, label=name)
+        ax.plot(range(len(paths)), found[name].values(), color=color, linestyle=line, marker=marker,
+                label=name)
     blocks = [path.split(".")[-3] for path in paths]
     for i in range(1, len(paths)):
         if blocks[i] != blocks[i - 1]:
@@ -132,7 +134,7 @@ def dots(panels):
 
 
 def latency(times):
-    """Each variant's time by that of one cached prompt, lengths side by side. times: {T: of latency.measure}."""
+    """Each variant's time by that of one cached prompt. times: {T: what latency.measure gives}."""
     names = list(next(iter(times.values())))
     fig, axes = canvas(1.6 + 0.42 * len(names), columns=2, sharey=True)
     height = 0.8 / len(times)

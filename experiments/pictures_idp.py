@@ -1,4 +1,4 @@
-"""Pictures of IDP: one layer's attention logits with the choice made on them; who chooses what; the data flow."""
+"""Pictures of IDP: one layer's attention and the choice made by it; who chooses what; the data flow."""
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -10,7 +10,7 @@ from support.tables import markdown
 from support.toy_world import DOMAINS
 
 
-# --- 1. One layer's attention [Fig. 4] ------------------------------------------------------------------------
+# --- 1. One layer's attention [Fig. 4] ----------------------------------------------------------------------
 
 @torch.no_grad()
 def look(model, prompts, ids):
@@ -43,7 +43,7 @@ def attention(toy):
     future = torch.ones_like(to_input[layer]).triu(1).bool()
     A = torch.cat([to_prompts[layer], to_input[layer].masked_fill(future, torch.nan)], dim=1)  # (T, S+T)
     words, chosen = toy.tokenizer.convert_ids_to_tokens(ids[0].tolist()), idp.choice[layer, 0].item()
-    lines = [f"Trained prompts, layer {layer + 1} (where their scores differ most), mean over heads; {context}"]
+    lines = [f"Trained prompts, layer {layer + 1} (where scores differ most), mean over heads; {context}"]
     lines += [f"prompt {k + 1} ({len(P)} tokens): score {score:.3f}{'  <- chosen' * (k == chosen)}"
               for k, (P, score) in enumerate(zip(prompts, scores[layer].tolist()))]
     fig = draw_attention(A, list(map(len, prompts)), scores[layer].tolist(), chosen, words, layer)
@@ -51,7 +51,7 @@ def attention(toy):
 
 
 def draw_attention(A, lengths, scores, chosen, words, layer):
-    """A with a frame around each block; the scores; A without what was not chosen. A (T, S+T), nan: masked."""
+    """A with a frame around each block; scores; A without what was not chosen. A (T, S+T), nan: masked."""
     fig, axes = canvas(7.2, rows=3, gridspec_kw={"height_ratios": [3, 1.1, 3]})
     starts, kept = [sum(lengths[:k]) for k in range(len(lengths))], A.clone()
     for k, (start, n) in enumerate(zip(starts, lengths)):
@@ -93,7 +93,7 @@ def frames(ax, starts, lengths, T, chosen):
     ax.set_facecolor("#eeeeee")                            # masked: nan
 
 
-# --- 2. Who chooses what ----------------------------------------------------------------------------------------
+# --- 2. Who chooses what ------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def shares(toy):
@@ -135,21 +135,23 @@ def draw_choices(names, values, lengths):
                        f"({lengths[1]} tokens)")
 
 
-# --- 3. The data flow -------------------------------------------------------------------------------------------
+# --- 3. The data flow ---------------------------------------------------------------------------------------
 
 BOXES = {  # name -> centre x, centre y, width, height, colour, words
     "prompts": (2.0, 5.3, 3.4, 0.9, "#f6d9c6", "prompts P_0 .. P_m-1\neach (n_k, d), trained"),
     "input": (6.0, 5.3, 3.4, 0.9, "#dddddd", "input\nB sequences of T tokens"),
-    "bank": (2.0, 3.55, 3.4, 0.9, "#f6d9c6", "bank of every layer: keys, values\n(m, h_kv, N, d_k), and mean keys"),
+    "bank": (2.0, 3.55, 3.4, 0.9, "#f6d9c6",
+             "bank of every layer: keys, values\n(m, h_kv, N, d_k), and mean keys"),
     "queries": (6.0, 3.55, 3.4, 0.9, "#dddddd", "queries of every layer\n(B, h, T, d_k)"),
-    "score": (1.45, 1.35, 2.3, 1.1, "#cfe3f2", "score  s (B, m)\nmean of q . k / sqrt(d_k)\nover each prompt"),
+    "score": (1.45, 1.35, 2.3, 1.1, "#cfe3f2",
+              "score  s (B, m)\nmean of q . k / sqrt(d_k)\nover each prompt"),
     "choose": (4.0, 1.35, 2.0, 1.1, "#cfe3f2", "choose  k (B,)\nthe largest score\nof each sequence"),
     "attend": (6.55, 1.35, 2.3, 1.1, "#cfe3f2", "attend\nto [prompt k | input]:\nall others are not there"),
 }
 ARROWS = [  # from, to, words beside it
-    ("prompts", "bank", "each runs alone, once"), ("input", "queries", "the usual pass"), ("bank", "score", ""),
-    ("queries", "score", ""), ("score", "choose", ""), ("choose", "attend", ""), ("queries", "attend", ""),
-    ("bank", "attend", "")]
+    ("prompts", "bank", "each runs alone, once"), ("input", "queries", "the usual pass"),
+    ("bank", "score", ""), ("queries", "score", ""), ("score", "choose", ""), ("choose", "attend", ""),
+    ("queries", "attend", ""), ("bank", "attend", "")]
 
 
 def dataflow(args):
@@ -166,8 +168,8 @@ def dataflow(args):
     for start, end, words in ARROWS:
         arrow(ax, BOXES[start], BOXES[end], words)
     for x, y, width, height, color, words in BOXES.values():
-        ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, "round,pad=0.05", zorder=3,
-                                    facecolor=color, edgecolor="black"))
+        ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, "round,pad=0.05",
+                                    zorder=3, facecolor=color, edgecolor="black"))
         ax.text(x, y, words, ha="center", va="center", fontsize=SMALL + 0.5, zorder=4)
     return finish(fig, "IDP: each input chooses one of m prompts, in each layer"), "IDP in one drawing"
 
