@@ -80,17 +80,15 @@ class Toy(recover.Run):
                                            limit=args.eval_chunks, context=args.eval_context)
         return {**found, "loss": losses.mean().item()}
 
-    @functools.cached_property
-    def report(self):
-        """Of the compression. From here on the model is the compressed one."""
-        report = self.compress()
-        self.measure("compressed", report["weight_bytes"])
-        return report
+    def ready(self):
+        """Compress, once: from here on the model is the compressed one."""
+        if "compressed" not in self.seen:
+            self.measure("compressed", self.compress()["weight_bytes"])
 
     def method(self, name):
         """A remedy in its last state; trained when first asked for."""
         if name not in self.trained:
-            assert self.report
+            self.ready()
             args, entry = self.args, METHODS[name]
             method = entry.build(self.model, **entry.settings(args), seed=args.seed)
             kept = Snapshots(method)
@@ -110,7 +108,7 @@ class Toy(recover.Run):
                 recover.put_back(method, states[step])
                 self.seen[name, step] = self.scores(method)
             return self.seen[name, step]
-        assert self.report
+        self.ready()
         return self.seen[name]
 
     def calibration(self):
