@@ -57,9 +57,7 @@ class Scores:
         return items, self.text.mean(2).argmax(0)
 
     def averaged(self):
-        """All prompts' probabilities averaged, per answer and per token, at m times the cost [§3.1]. -> accuracy,
-        perplexity.
-        """
+        """All prompts' probabilities averaged, at m times the cost [§3.1]. -> accuracy, perplexity."""
         right = [a.logsumexp(0).argmax() == gold for a, gold in zip(self.answers, self.gold)]
         logp = self.text.logsumexp(0) - math.log(len(self.text))                               # (C, T')
         return torch.stack(right).float().mean().item(), math.exp(-logp.mean())
