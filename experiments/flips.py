@@ -3,10 +3,10 @@
     python -m experiments.flips --model smollm2 --tasks a.jsonl,b.jsonl --method lora,prompt --out runs/flips
     python -m experiments.flips --model smollm2 --tasks a.jsonl --shard 1/2 --out runs/flips   # half of them
 
-NOT IN PAPER: the whole question. The paper compares averages over benchmarks. Here a *lost* item is one that
-the dense model answers right and the compressed model wrong. Some of these were near a tie, and any small
-change would turn them back: an item that was chosen because it had gone wrong is likely to do better next
-time, whatever is done (regression to the mean). So each remedy is read against models that nothing recovered:
+The question is ours; the paper compares averages over benchmarks. Here a *lost* item is one that the dense
+model answers right and the compressed model wrong. Some of these were near a tie, and any small change would
+turn them back: an item that was chosen because it had gone wrong is likely to do better next time, whatever
+is done (regression to the mean). So each remedy is read against models that nothing recovered:
 
     other calibration    the same compression from another sample of the text
     other threads        the same compression, sums in another order: one thread instead of two, or two

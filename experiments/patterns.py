@@ -1,7 +1,7 @@
 """Patterns: what recovery does inside. Compressed and recovered models against the dense one, layer by layer.
 
 The paper compares attention and activations of prompts and of LoRA with the dense model's, by their cosine
-[Fig. 6]. If knowledge was forgotten, a remedy must change the weights' work back; if it was displaced,
+[§4] [Fig. 6]. If knowledge was forgotten, a remedy must change the weights' work back; if it was displaced,
 redirecting is enough, and the patterns need not return. NOT IN PAPER: every measure below but the direction.
 
     python recover.py --method idp  --out runs/idp         # the runs bring model, compression and adapter

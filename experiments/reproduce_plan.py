@@ -41,7 +41,7 @@ def sizes_for(width, paper):
 
 
 def paper_recipe(args):
-    """{flag: value} that §3.3 states for the training of every method: AdamW's rate and decay, tokens."""
+    """{flag: value} that [§3.3] states for the training of every method: AdamW's rate and decay, tokens."""
     steps = TRAINING_TOKENS // (args.batch_size * args.train_seqlen)
     return {"lr": 2e-4, "weight_decay": 1e-5, "steps": steps}
 
@@ -115,7 +115,7 @@ class Plan:
 # --- 3. Tables and figures ----------------------------------------------------------------------------------
 
 def remedies(plan, compressor):
-    """[Tab. 1] [Tab. 2] Every remedy at its three sizes, and IDP. NOT IN PAPER: eora, at LoRA's ranks."""
+    """[Tab. 1] [Tab. 2] Every remedy at its three sizes, and IDP. EoRA is ours, at LoRA's ranks."""
     compression, sizes = plan.compression(compressor), plan.sizes
     kinds = {"lora": sizes.ranks, "eora": sizes.ranks, "prompt": sizes.prompts, "prefix": sizes.prefixes,
              "idp": [sizes.idp]}

@@ -4,7 +4,7 @@
     row_losses(model, ids, teacher=dense)          # (B,), distill: KL divergence from the dense model's guess
 
 From text a remedy can learn what the text says. The dense model's distributions say what the model itself did
-before it was compressed: its function. NOT IN PAPER: distill.
+before it was compressed: its function. Only the first is the paper's.
 """
 import torch
 from transformers import DynamicCache

@@ -41,7 +41,8 @@ STEPS = [
     ("how far one can compress", "Fig. 2", "experiments/reproduce_plan.py", "compressions"),
     ("how far one can compress, drawn", "Fig. 2", "experiments/reproduce_figures.py", "compression_figure"),
     ("AdamW", "§3.3", "recover.py", "train"),
-    ("tokens, rate, weight decay as stated", "§3.3", "experiments/reproduce.py", "fill_in"),
+    ("tokens, rate, weight decay as stated", "§3.3", "experiments/reproduce_plan.py", "paper_recipe"),
+    ("taken wherever no flag says otherwise", "§3.3", "experiments/reproduce.py", "fill_in"),
     ("what of it a run has changed", "§3.3", "experiments/reproduce.py", "recipe_in_words"),
     ("nine tasks", "§3.3", "experiments/reproduce.py", "NINE"),
     ("World, Common, Language", "§3.3", "experiments/reproduce_figures.py", "DOMAINS"),
@@ -78,6 +79,11 @@ STEPS = [
     ("does a remedy bring the patterns back? other measures", "Fig. 6", "experiments/patterns.py", ""),
     ("IDP over the average size of its prompts", "Fig. 7", "experiments/reproduce_plan.py", "average_sizes"),
     ("drawn", "Fig. 7", "experiments/reproduce_figures.py", "average_figure"),
+    ("evidence for displacement: the inside of the models", "§4", "experiments/patterns.py", ""),
+    # pictures
+    ("score, choose, mask as a picture", "Fig. 4", "experiments/pictures.py", ""),
+    ("score, choose, mask as a picture, drawn", "Fig. 4", "experiments/pictures_idp.py", "look"),
+    ("which readings there are", "§3.2", "idp_minimal.py", "attach_idp"),
 ]
 
 # What the paper leaves open, and every mark of it: (file, topic, words that stand with the mark).
@@ -148,7 +154,7 @@ def test_every_tag_is_a_step(path):
 def test_steps_cover_the_paper():
     """Sections, tables and figures that hold a step or a result; [Fig. 1] and §1, §2, §5 hold none."""
     whole = {re.split(r"[:]", tag)[0] for _, tag, _, _ in STEPS}
-    assert whole == {"§3.1", "§3.2", "§3.3", "§3.3.1", "Tab. 1", "Tab. 2", "Tab. 3", *(f"Fig. {k}" for k in range(2, 8))}
+    assert whole == {"§3.1", "§3.2", "§3.3", "§3.3.1", "§4", "Tab. 1", "Tab. 2", "Tab. 3", *(f"Fig. {k}" for k in range(2, 8))}
 
 
 def marks_of(path):
