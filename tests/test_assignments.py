@@ -3,6 +3,7 @@
 Solutions stand here as text, or are the project's own source, and reach a grader as a file in a temporary folder.
 """
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 from assignments.fence import Borrowed, fence
 from assignments.grade import NAMES
 from conftest import ROOT
+from idp_minimal import mean_attention, per_prompt_mean, prompt_logits
 
 ASSIGNMENTS = ROOT / "assignments"
 
@@ -53,8 +55,111 @@ def failures(outcomes):
 WANDA = """
 import torch
 def wanda(W, H, sparsity=0.5):
-    score = W.abs().float() * H.diagonal().sqrt()
-    return W.scatter(1, torch.argsort(score, dim=1, stable=True)[:, :round(sparsity * W.shape[1])], 0)
+    score = W.abs().float() * H.diagonal().clamp(min=0).sqrt()
+    k = round(sparsity * W.shape[1])
+    out = torch.argsort(score, dim=1, stable=True)[:, :k]
+    return W.scatter(1, out, 0)
+"""
+EORA = """
+import torch
+def eora(E, H, r):
+    lam, V = torch.linalg.eigh(H.double())
+    root = lam.clamp(min=lam.max() * 1e-12).sqrt()
+    U, S, Z = torch.linalg.svd(E.double() @ V * root, full_matrices=False)
+    return (U[:, :r] * S[:r]).to(E.dtype), (Z[:r] / root @ V.T).to(E.dtype)
+"""
+LORA = """
+import math
+import torch, torch.nn as nn
+class LoRALinear(nn.Module):
+    def __init__(self, linear, r=8, alpha=16, generator=None):
+        super().__init__()
+        d_out, d_in = linear.weight.shape
+        self.base, self.scaling = linear, alpha / r
+        self.A = nn.Parameter((torch.rand(r, d_in, generator=generator) * 2 - 1) / math.sqrt(d_in))
+        self.B = nn.Parameter(torch.zeros(d_out, r))
+    def forward(self, x):
+        return self.base(x) + self.scaling * (x @ self.A.T @ self.B.T)
+def merged_weight(W, A, B, scaling, mask=None):
+    W = W + scaling * (B @ A)
+    return W if mask is None else W * mask
+"""
+NORMS_ONLY = """
+import contextlib
+import torch.nn as nn
+from methods.losses import row_losses
+class NormsOnly:
+    def __init__(self, model):
+        self.model = model
+        self.modules = {name: module for name, module in model.named_modules() if "norm" in name}
+        self.scales = {name: nn.Parameter(module.weight.detach().clone()) for name, module in self.modules.items()}
+    def groups(self):
+        return [list(self.scales.values())]
+    def tensors(self):
+        return {f"{name}.weight": scale for name, scale in self.scales.items()}
+    def losses(self, ids):
+        return row_losses(self.model, ids, use_cache=False)
+    @contextlib.contextmanager
+    def training(self):
+        own = {name: module.weight for name, module in self.modules.items()}
+        for name, module in self.modules.items():
+            module.weight = self.scales[name]
+        try:
+            yield self
+        finally:
+            for name, module in self.modules.items():
+                module.weight = own[name]
+    def inference(self):
+        return self.training()
+"""
+SELECTOR = """
+import torch
+def features(A, real, owner):
+    # mean attention of the first real token to every prompt token
+    first = real.long().argmax(1)
+    return A.mean(1)[torch.arange(len(A)), first]
+def fit_selector(A, real, owner, best):
+    x = features(A, real, owner)
+    centres = torch.stack([x[best == k].mean(0) for k in range(int(owner[-1]) + 1)])
+    return lambda A, real, owner: -torch.cdist(features(A, real, owner), centres)
+"""
+STANDARD_ERROR = """
+import math
+def standard_error(accuracies, sizes):
+    return 100 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(accuracies, sizes))) / len(sizes)
+def paired_standard_error(only_a, only_b, sizes):
+    variances = [((a + b) / n - ((b - a) / n) ** 2) / n for a, b, n in zip(only_a, only_b, sizes)]
+    return 100 * math.sqrt(sum(variances)) / len(sizes)
+def p_value(difference, error, rows=1):
+    return min(1, rows * math.erfc(abs(difference) / error / math.sqrt(2)))
+"""
+ANOTHER_WORLD = """
+def words(stem, n):
+    return [f"{stem}{i}" for i in range(n)]
+def domain():
+    facts = {kind: (words(kind, 16), ["{p} has " + kind + " {v}.", "The " + kind + " of {p} is {v}.", "Which " + kind + " has {p}? {v}."])
+             for kind in ("colour", "car", "tree", "sport")}
+    return {"first": words("first", 24), "family": words("family", 24), "facts": facts}
+def predictions():
+    return {"small": (0, 25), "large": (20, 45)}
+"""
+IDP_SCORE = """
+import torch
+def choose(q, K_p, owner, real):
+    A = prompt_logits(q, K_p.expand(len(q), -1, -1, -1), q.shape[3] ** -0.5)
+    scores = mean_attention(A, real, owner)
+    return scores, scores.argmax(1)
+def discard(q, k, v, K_p, V_p, owner, real, choice):
+    (B, h, T, d_k), m = q.shape, len(owner)
+    keys, values = (torch.cat([p.expand(B, -1, -1, -1), x], 2) for p, x in ((K_p, k), (V_p, v)))
+    causal = torch.ones(T, T, dtype=torch.bool).tril() & real[:, None]
+    winner = (owner == choice[:, None])[:, None].expand(-1, T, -1)
+    seen = torch.cat([winner, causal], 2)[:, None]
+    return (q @ keys.transpose(2, 3) / d_k ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ values
+"""
+OPEN_QUESTION = """
+def files():
+    return "report.md", "results.json"
 """
 
 
@@ -63,7 +168,20 @@ def source_of(module):
     return (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
 
 
-RIGHT = {"rtn": source_of("methods.rounding"), "gptq": source_of("methods.gptq"), "wanda": WANDA}
+def functions_of(*functions):
+    """The project's own functions, copied."""
+    return "import torch.nn.functional as F\n" + "\n".join(map(inspect.getsource, functions))
+
+
+RIGHT = {"rtn": source_of("methods.rounding"), "gptq": source_of("methods.gptq"), "wanda": WANDA, "eora": EORA, "lora": LORA,
+         "idp_score": functions_of(prompt_logits, per_prompt_mean, mean_attention) + IDP_SCORE,
+         "norms_only": NORMS_ONLY, "selector": SELECTOR, "standard_error": STANDARD_ERROR,
+         "another_world": ANOTHER_WORLD, "open_question": OPEN_QUESTION}
+# What the project has of them besides: lora's first half (its class), and eora where methods/eora.py is there.
+REFERENCE = {"lora": source_of("methods.lora") + LORA[LORA.index("def merged_weight"):]}
+if (ROOT / "methods" / "eora.py").exists():
+    REFERENCE["eora"] = source_of("methods.eora")
+SLOW_TESTS = {"another_world": "formed or intervals", "selector": "not number"}    # what runs without IDP_SLOW
 
 # --- Wrong ones: (assignment, what of the right solution becomes what, which test fails, with which words)
 SLOW = "differs from the slow version"
@@ -83,18 +201,59 @@ WRONG = [
     ("wanda", ".sqrt()", "", "test_equals_the_slow_version", SLOW),
     ("wanda", "torch.argsort(score, dim=1", "torch.argsort(score.mean(1, keepdim=True) * score, dim=0",
      "test_every_row_has_the_same_number_of_zeros", "zeros"),
+    ("eora", "E.double() @ V * root", "E.double() @ V", "test_the_error_is_the_least_there_is", "the least for rank"),
+    ("eora", "lam.clamp(min=lam.max() * 1e-12).sqrt()", "lam.clamp(min=lam.max() * 1e-12)", "test_the_error_is_the_least_there_is",
+     "the least for rank"),
+    ("eora", "lam.clamp(min=lam.max() * 1e-12).sqrt()", "lam.sqrt()", "test_an_input_that_is_always_zero", "NaN"),
+    ("eora", "(U[:, :r] * S[:r])", "(U[:, -r:] * S[-r:])", "test_the_error_is_the_least_there_is", "the least for rank"),
+    ("lora", "alpha / r", "alpha", "test_equals_the_slow_version", SLOW),
+    ("lora", "torch.zeros(d_out, r)", "torch.ones(d_out, r)", "test_step_0_is_the_base_layer", "exactly the base layer's"),
+    ("lora", "torch.rand(r, d_in, generator=generator)", "torch.rand(r, d_in)", "test_step_0_is_the_base_layer", "generator"),
+    ("lora", "W = W + scaling * (B @ A)", "W = W * (1 if mask is None else mask) + scaling * (B @ A)\n    mask = None",
+     "test_merged_weight", "with a mask"),
+    ("idp_score", "return a @ member / member.sum(0)", "return a @ member", "test_scores_equal_the_slow_version", "scores"),
+    ("idp_score", "(A.mean(1) * real[..., None]).sum(1) / real.sum(1, keepdim=True)", "A.mean((1, 2))",
+     "test_scores_equal_the_slow_version", "scores"),
+    ("idp_score", "scores.argmax(1)", "scores.argmin(1)", "test_scores_equal_the_slow_version", "the largest score"),
+    ("idp_score", "masked_fill(~seen, -torch.inf).softmax(-1)", "softmax(-1).masked_fill(~seen, 0)", "test_the_number", "out"),
+    ("idp_score", ".tril()", ".tril(1)", "test_the_number", "out"),
+    ("norms_only", "module.weight.detach().clone()", "module.weight.detach()", "test_the_model_is_as_before_outside", "outside inference"),
+    ("norms_only", "            for name, module in self.modules.items():\n                module.weight = own[name]",
+     "            pass", "test_the_model_is_as_before_outside", "after inference"),
+    ("norms_only", 'if "norm" in name', 'if name.endswith("model.norm")', "test_which_parameters", "the scales are"),
+    ("norms_only", "return row_losses(self.model, ids, use_cache=False)", "return row_losses(self.model, ids.flip(0), use_cache=False)",
+     "test_losses_equal_the_slow_version", SLOW),
+    ("selector", "int(owner[-1]) + 1", "2", "test_shapes", "scores must have shape"),
+    ("selector", "return A.mean(1)[torch.arange(len(A)), first]", "return A.mean(1)[torch.arange(len(A)), first] - A.mean((0, 1, 2))",
+     "test_one_input_decides_alone", "rest of the batch"),
+    ("selector", "first = real.long().argmax(1)", "first = real.logical_not_().long().argmin(1)", "test_inputs_are_left_alone", "changed in place"),
+    ("standard_error", "accuracies, sizes))) / len(sizes)", "accuracies, sizes)) / len(sizes))",
+     "test_the_error_of_a_mean_equals_what_chance_gives", "should be"),
+    ("standard_error", "((a + b) / n - ", "(max(a, b) / n - ", "test_the_error_of_a_paired_difference_equals_what_chance_gives", "should be"),
+    ("standard_error", "rows * math.erfc", "math.erfc", "test_p_values", "should be"),
+    ("standard_error", "abs(difference)", "difference", "test_p_values", "should be"),
+    ("another_world", 'words("first", 24)', 'words("first", 23)', "test_the_domain_is_well_formed", "24 different words"),
+    ("another_world", '" of {p} is {v}."', '" {v} is that of {p}."', "test_the_domain_is_well_formed", "ends in"),
+    ("another_world", '"small": (0, ', '"small": (0, 7', "test_the_predictions_are_intervals", "points wide"),
 ]
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_solution_passes(name, tmp_path):
-    assert failures(grade(name, RIGHT[name], tmp_path, "not number")) == {}
+    if name == "open_question":
+        write_report(tmp_path)
+    assert failures(grade(name, RIGHT[name], tmp_path, SLOW_TESTS.get(name, "not number"))) == {}
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_reference_itself_passes(name, tmp_path):
+    assert failures(grade(name, REFERENCE[name], tmp_path, "not number")) == {}
+
+
+@pytest.mark.parametrize("name", sorted(set(RIGHT) - {"open_question"}))
 @pytest.mark.skipif("IDP_SLOW" not in os.environ, reason="minutes: set IDP_SLOW=1")
 def test_a_right_solution_reaches_the_number(name, tmp_path):
-    assert failures(grade(name, RIGHT[name], tmp_path, "number")) == {}
+    assert failures(grade(name, RIGHT[name], tmp_path, "number or hold")) == {}
 
 
 @pytest.mark.parametrize("name, old, new, test, words", WRONG)
@@ -104,6 +263,33 @@ def test_a_wrong_solution_fails_for_its_reason(name, old, new, test, words, tmp_
     assert test in found and words in found[test]
 
 
+# --- The open question: a report --------------------------------------------------------------------------
+
+ROWS = [{"row": "dense", "ppl": 2.6, "tasks": {"toy_recall": {"acc": 1.0, "n": 1200}}}, {"row": "compressed", "ppl": 3.2, "tasks": {}}]
+
+
+def write_report(folder, text="", **changes):
+    """report.md and results.json in a folder. text: instead of the report; changes: to the results."""
+    results = {"command": "python recover.py", "settings": {}, "versions": {}, "device": "cpu", "seconds": 1, "rows": ROWS, **changes}
+    body = "`python recover.py` compares dense and compressed. " + "word " * 15
+    names = ("Question", "Prediction", "Method", "Result", "Control", "Limits")
+    (folder / "report.md").write_text(text or "\n\n".join(f"## {name}\n\n{body}" for name in names), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+@pytest.mark.parametrize("text, changes, test, words", [
+    ("## Question\n" + "word " * 20, {}, "test_the_report_has_its_sections", "has no section '## Prediction'"),
+    ("word " * 800, {}, "test_the_report_fits_a_page", "800 words"),
+    ("", {"rows": ROWS[:1]}, "test_the_results_are_valid", "two rows or more"),
+    ("", {"seconds": float("nan")}, "test_the_results_are_valid", "NaN is not JSON"),
+    ("", {"command": "python other.py"}, "test_the_report_is_of_these_results", "does not name the command"),
+    ("", {"rows": [*ROWS, {"row": "prefix"}]}, "test_the_report_is_of_these_results", "these rows of results.json: prefix")])
+def test_an_incomplete_report_fails_for_its_reason(text, changes, test, words, tmp_path):
+    write_report(tmp_path, text, **changes)
+    found = failures(grade("open_question", OPEN_QUESTION, tmp_path))
+    assert words in found[test]
+
+
 # --- The reference does not count as a solution -----------------------------------------------------------
 
 BORROWED = {
@@ -111,7 +297,14 @@ BORROWED = {
             "from methods.registry import COMPRESSORS\ndef rtn(*args):\n    return COMPRESSORS['rtn'].function(*args)"],
     "gptq": ["from compress import gptq", "from methods import gptq as theirs\ngptq = theirs.second_order",
              "from methods.registry import COMPRESSORS\ngptq = COMPRESSORS['gptq'].function"],
+    "lora": ["from recover import LoRALinear\nmerged_weight = None",
+             "import methods.lora\nmerged_weight = None\nLoRALinear = lambda *args, **kw: methods.lora.LoRALinear(*args, **kw)"],
+    "idp_score": ["from idp_minimal import SELECTORS\ndiscard = None\n"
+                  "choose = lambda q, K_p, owner, real: SELECTORS['mean_attention'](q, real, owner)",
+                  "from methods.selectors import last_token as choose\ndiscard = None"],
 }
+if (ROOT / "methods" / "eora.py").exists():
+    BORROWED["eora"] = ["from methods.eora import eora", "import methods.eora\neora = lambda *args: methods.eora.eora(*args)"]
 
 
 @pytest.mark.parametrize("name, source", [(name, source) for name in BORROWED for source in BORROWED[name]])
@@ -145,3 +338,48 @@ def test_the_starter_fails_with_not_implemented(name, tmp_path):
 def test_a_file_that_cannot_be_graded_is_one_message(source, words, tmp_path):
     for message in grade("rtn", source, tmp_path).values():
         assert words in message and "Traceback" not in message and "\n" not in message.strip()
+
+
+def test_the_command_reports_whatever_a_submission_does(tmp_path):
+    folder, out = tmp_path / "handed in", tmp_path / "report.json"
+    folder.mkdir()
+    for name, text in (("standard_error", STANDARD_ERROR), ("rtn", "raise ValueError('two\\nlines')"),
+                       ("wanda", "import os\nos._exit(0)"), ("eora", "while True:\n    pass")):
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "assignments.grade", "--submission", str(folder), "--out", str(out), "--seconds", "40"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    found = {entry["assignment"]: entry for entry in report["assignments"]}
+    assert sorted(found) == NAMES and set(report["versions"]) == {"python", "torch", "transformers"}
+    assert found["standard_error"]["failed"] == 0 and found["standard_error"]["passed"] == report["passed"] == 5
+    assert found["rtn"]["status"] == "graded" and found["rtn"]["failed"] == 6
+    assert all("ValueError: two lines" in test["message"] for test in found["rtn"]["tests"])
+    assert found["wanda"]["status"] == "stopped" and found["eora"]["message"] == "eora.py: stopped after 40 s"
+    assert found["lora"] == {"assignment": "lora", "status": "missing", "message": "no lora.py", "tests": []}
+    assert "Traceback" not in out.read_text(encoding="utf-8")
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.startswith(f"error: --out {out}: must be a new file")
+
+
+def test_the_suite_of_the_project_leaves_the_assignments_out():
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", "assignments"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "tests/test_assignments.py" in done.stdout and "starter" not in done.stderr
+    assert not [line for line in done.stdout.splitlines() if line.startswith("assignments/")]
+
+
+def test_the_project_imports_nothing_from_here():
+    files = [path for folder in (".", "methods", "support", "experiments") for path in (ROOT / folder).glob("*.py")]
+    assert not [path for path in files if "assignments" in "".join(
+        line for line in path.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith(("import", "from")))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_assignment_is_complete(name):
+    text = (ASSIGNMENTS / name / "README.md").read_text(encoding="utf-8")
+    for part in ("**Task.**", "**Why.**", "umber to reach", "ontrol that must fail", "<details>", "**Explain**",
+                 f"`python -m pytest assignments/{name} --submission "):
+        assert part in text
+    assert f"[{name}]({name}/README.md)" in (ASSIGNMENTS / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 700, "at most a page"
