@@ -55,10 +55,8 @@ def failures(outcomes):
 WANDA = """
 import torch
 def wanda(W, H, sparsity=0.5):
-    score = W.abs().float() * H.diagonal().clamp(min=0).sqrt()
-    k = round(sparsity * W.shape[1])
-    out = torch.argsort(score, dim=1, stable=True)[:, :k]
-    return W.scatter(1, out, 0)
+    score = W.abs().float() * H.diagonal().sqrt()
+    return W.scatter(1, torch.argsort(score, dim=1, stable=True)[:, :round(sparsity * W.shape[1])], 0)
 """
 EORA = """
 import torch
@@ -141,7 +139,7 @@ def domain():
              for kind in ("colour", "car", "tree", "sport")}
     return {"first": words("first", 24), "family": words("family", 24), "facts": facts}
 def predictions():
-    return {"small": (0, 25), "large": (20, 45)}
+    return {"small": (0, 15), "large": (0, 20)}
 """
 IDP_SCORE = """
 import torch
@@ -204,7 +202,8 @@ WRONG = [
     ("eora", "E.double() @ V * root", "E.double() @ V", "test_the_error_is_the_least_there_is", "the least for rank"),
     ("eora", "lam.clamp(min=lam.max() * 1e-12).sqrt()", "lam.clamp(min=lam.max() * 1e-12)", "test_the_error_is_the_least_there_is",
      "the least for rank"),
-    ("eora", "lam.clamp(min=lam.max() * 1e-12).sqrt()", "lam.sqrt()", "test_an_input_that_is_always_zero", "NaN"),
+    ("eora", "lam.clamp(min=lam.max() * 1e-12).sqrt()", "lam.clamp(min=lam.max() / 2).sqrt()", "test_an_input_that_is_always_zero",
+     "the least for rank"),
     ("eora", "(U[:, :r] * S[:r])", "(U[:, -r:] * S[-r:])", "test_the_error_is_the_least_there_is", "the least for rank"),
     ("lora", "alpha / r", "alpha", "test_equals_the_slow_version", SLOW),
     ("lora", "torch.zeros(d_out, r)", "torch.ones(d_out, r)", "test_step_0_is_the_base_layer", "exactly the base layer's"),
@@ -226,7 +225,7 @@ WRONG = [
     ("selector", "int(owner[-1]) + 1", "2", "test_shapes", "scores must have shape"),
     ("selector", "return A.mean(1)[torch.arange(len(A)), first]", "return A.mean(1)[torch.arange(len(A)), first] - A.mean((0, 1, 2))",
      "test_one_input_decides_alone", "rest of the batch"),
-    ("selector", "first = real.long().argmax(1)", "first = real.logical_not_().long().argmin(1)", "test_inputs_are_left_alone", "changed in place"),
+    ("selector", "first = real.long().argmax(1)", "first = real.long().argmax(1)\n    A.mul_(2)", "test_inputs_are_left_alone", "changed in place"),
     ("standard_error", "accuracies, sizes))) / len(sizes)", "accuracies, sizes)) / len(sizes))",
      "test_the_error_of_a_mean_equals_what_chance_gives", "should be"),
     ("standard_error", "((a + b) / n - ", "(max(a, b) / n - ", "test_the_error_of_a_paired_difference_equals_what_chance_gives", "should be"),

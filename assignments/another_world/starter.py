@@ -18,7 +18,7 @@ def domain():
 def predictions():
     """What you expect BEFORE you measure. -> {"small": (low, high), "large": (low, high)}
 
-    Percentage points of toy_recall that pruning 60 % of the weights takes from a model that knows 20 people, and
-    from one of the same size that knows 60. Each interval at most 25 points wide.
+    Percentage points of toy_recall that pruning 60 % of the weights takes from a model that knows 10 people, and
+    from one of the same size that knows 40. Each interval at most 25 points wide.
     """
     raise NotImplementedError("write predictions")

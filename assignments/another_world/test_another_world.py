@@ -11,7 +11,7 @@ from assignments.grading import must, recall
 from support import toy_world
 
 ASKED, FENCED = ["domain", "predictions"], []
-LOADS, STEPS, WIDEST = {"small": 20, "large": 60}, 300, 25
+LOADS, STEPS, WIDEST = {"small": 10, "large": 40}, 800, 25
 REACH, CHANCE = 90.0, 20.0                                 # % recall: known people at least, unknown at most
 
 
@@ -27,7 +27,7 @@ def measure(words, people):
     with world(words, people):
         tokenizer = toy_world.build_tokenizer()
         model, tasks = toy_world.build_model(len(tokenizer), 64, layers=2), toy_world.tasks()
-        toy_world.train(model, tokenizer, STEPS, batch_size=16, lr=1e-2)
+        toy_world.train(model, tokenizer, STEPS, batch_size=8, lr=5e-3)
         rows = tasks["toy_recall"] + tasks["toy_shown"]
         result = {"dense": recall(model, tokenizer, rows), "unknown": recall(model, tokenizer, tasks["toy_unknown"])}
         ids = torch.tensor(tokenizer(" ".join(toy_world.text("train")))["input_ids"])
