@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def submission(request):
-    """The student's module. A test file says what it must define (ASKED) and what it may not call (FENCED)."""
+    """The student's module. ASKED: what it must define; FENCED: what it may not call."""
     given = request.config.getoption("--submission")
     path = pathlib.Path(given).expanduser() if given else request.path.parent / "starter.py"
     with contextlib.ExitStack() as stack:

@@ -84,7 +84,8 @@ def parse(argv=None):
     args.seconds = 600 if args.seconds is None else args.seconds
     args.submission = user_path(args.submission, "--submission")
     if not args.submission.is_dir():
-        raise UserError(f"--submission {args.submission}: no such folder; give one that holds rtn.py and so on")
+        raise UserError(f"--submission {args.submission}: no such folder; give one that holds rtn.py and "
+                        "so on")
     args.out = user_path(args.out, "--out")
     if args.out.exists() or not args.out.resolve().parent.is_dir():
         raise UserError(f"--out {args.out}: must be a new file in a folder that is there")
