@@ -11,13 +11,12 @@ the median of the ratios ours / theirs within a turn; for gptq-model, sums over 
 """
 import functools
 import statistics
-import time
 
 import torch
 
 import compress
 import evaluate
-from experiments.latency import synchronize
+from experiments.latency import now
 from methods.lora import LoRA
 from methods.prompts import SoftPrompts
 from methods.registry import Compressor
@@ -29,11 +28,9 @@ from support.models import load_model
 
 def timed(side, device):
     """Call a function. -> what it returns, seconds until its work is finished."""
-    synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     result = side()
-    synchronize(device)
-    return result, time.perf_counter() - start
+    return result, now(device) - start
 
 
 def take_turns(sides, repeats, device):

@@ -300,9 +300,9 @@ def test_clocks_read_finished_work(monkeypatch):
     """Before and after whatever is timed, the device is waited for."""
     events = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: events.append("wait"))
-    latency.synchronize(torch.device("cpu"))
+    latency.now(torch.device("cpu"))
     assert events == []
-    latency.synchronize(torch.device("cuda:0"))
+    latency.now(torch.device("cuda:0"))
     assert events == ["wait"]
     events.clear()
     work = lambda: events.append("work")
