@@ -105,6 +105,7 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
         "seed": (whole(0, 2**31 - 1), 0, "seed of every random choice"),
         "text": (TEXT, None, "to calibrate and train: a name, FILE.txt, FILE.jsonl; toy, or else wikitext2"),
         "shape": (TEXT, None, "random weights of a published shape instead of --model"),
+        "people": (whole(2, 546), 240, "the toy world: known people per domain, five facts each"),
     },
     "compression": {
         "compressor": (TEXT, None, "how to compress; magnitude for the toy model, gptq for others"),

@@ -6,6 +6,7 @@ be asked in seconds on a CPU.
 
     python -m support.toy_world                            # the world: people, phrasings, questions
     python -m support.toy_world --train --out runs/toy     # toy_model/ from the seed: 5 minutes on 2 cores
+    python -m support.toy_world --train --people 480 --steps 4000 --out runs/480     # twice the facts
     AutoModelForCausalLM.from_pretrained("toy_model")      # a plain LlamaForCausalLM folder, no project code
 
 - Two *domains*, harbour people and station crews, with names, attributes and phrasings of their own:
@@ -95,18 +96,19 @@ DOMAINS = tuple(WORLD)
 
 
 # --- 2. People, text, tasks: pure functions of the seed -----------------------------------------------------
+# count: known people per domain, the *load* dial. Another count is another world, not a part of this one.
 
-def people(domain, seed=SEED):
+def people(domain, seed=SEED, count=PEOPLE):
     """Everyone of a domain. -> {"shown" | "heldout" | "unknown": [(name, {attribute: value}), ...]}."""
     rng, words = random.Random(f"{seed} {domain}"), WORLD[domain]
     names = rng.sample([f"{first} {family}" for first in words["first"] for family in words["family"]],
-                       PEOPLE + UNKNOWN)
+                       count + UNKNOWN)
     facts = lambda: {kind: rng.choice(values) for kind, (values, _) in words["facts"].items()}
-    everyone, half = [(name, facts()) for name in names], PEOPLE // 2
-    return {"shown": everyone[:half], "heldout": everyone[half:PEOPLE], "unknown": everyone[PEOPLE:]}
+    everyone, half = [(name, facts()) for name in names], count // 2
+    return {"shown": everyone[:half], "heldout": everyone[half:count], "unknown": everyone[count:]}
 
 
-def text(split, seed=SEED, domain=None):
+def text(split, seed=SEED, domain=None, count=PEOPLE):
     """Sentences, one fact in one phrasing each, shuffled. -> list of str.
 
     split: "train" (all that the model was trained on), "shown" (the recovery text) or "heldout".
@@ -117,7 +119,7 @@ def text(split, seed=SEED, domain=None):
                          f"{DOMAINS} or None")
     sentences = []
     for name in [domain] if domain else DOMAINS:
-        groups = people(name, seed)
+        groups = people(name, seed, count)
         known = groups["shown"] + groups["heldout"] if split == "train" else groups[split]
         sentences += [phrasing.format(p=person, v=facts[kind]) for person, facts in known
                       for kind, (_, phrasings) in WORLD[name]["facts"].items() for phrasing in phrasings]
@@ -125,10 +127,10 @@ def text(split, seed=SEED, domain=None):
     return sentences
 
 
-def questions(domain, split, seed):
+def questions(domain, split, seed, count=PEOPLE):
     """Every fact of some people as a question over all values of its attribute. -> list of rows."""
     rows = []
-    for person, facts in people(domain, seed)[split]:
+    for person, facts in people(domain, seed, count)[split]:
         for kind, (values, phrasings) in WORLD[domain]["facts"].items():
             context = phrasings[-1].format(p=person, v="").rstrip(" .")
             rows.append({"id": f"{person}/{kind}", "context": context, "choices": values,
@@ -136,14 +138,14 @@ def questions(domain, split, seed):
     return rows
 
 
-def tasks(seed=SEED):
+def tasks(seed=SEED, count=PEOPLE):
     """Questions about each group, shuffled: the first n are a fair sample. -> {task name: rows}.
 
     Rows have the keys id, context, choices, answer, domain.
     """
     found = {}
     for name, split in (("toy_recall", "heldout"), ("toy_shown", "shown"), ("toy_unknown", "unknown")):
-        found[name] = [row for domain in DOMAINS for row in questions(domain, split, seed)]
+        found[name] = [row for domain in DOMAINS for row in questions(domain, split, seed, count)]
         random.Random(f"{seed} {name}").shuffle(found[name])
     return found
 
@@ -169,7 +171,7 @@ def build_tokenizer():
 
 
 def build_model(vocabulary, width=64, layers=4, seed=SEED):
-    """A fresh LlamaForCausalLM with heads of 16. Its size is the *load* dial: facts per parameter."""
+    """A fresh LlamaForCausalLM with heads of 16. Facts per parameter: --people."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
@@ -178,9 +180,9 @@ def build_model(vocabulary, width=64, layers=4, seed=SEED):
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=2, eos_token_id=3))
 
 
-def training_rows(tokenizer, seed=SEED):
+def training_rows(tokenizer, seed=SEED, count=PEOPLE):
     """Endless rows of 64 tokens that begin at a sentence; every pass sees each one once, in a new order."""
-    sentences = tokenizer(text("train", seed))["input_ids"]
+    sentences = tokenizer(text("train", seed, count=count))["input_ids"]
     rng = random.Random(seed)
     while True:
         rng.shuffle(sentences)
@@ -192,11 +194,11 @@ def training_rows(tokenizer, seed=SEED):
                 row = []
 
 
-def train(model, tokenizer, steps=2000, batch_size=48, lr=3e-3, seed=SEED):
+def train(model, tokenizer, steps=2000, batch_size=48, lr=3e-3, seed=SEED, count=PEOPLE):
     """AdamW, one-cycle learning rate, next-token loss on whole sentences. -> last loss (nats per token)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    rows, bar = training_rows(tokenizer, seed), progress(range(steps), desc="train the toy model")
+    rows, bar = training_rows(tokenizer, seed, count), progress(range(steps), desc="train the toy model")
     model.train()
     for _ in bar:
         ids = torch.stack([next(rows) for _ in range(batch_size)])                             # (48, 64)
@@ -231,9 +233,9 @@ def parse(argv=None):
     """The command line. -> argparse.Namespace. Raises UserError."""
     words = "train the model and write --out (default: show the world)"
     add = lambda parser: parser.add_argument("--train", action="store_true", default=None, help=words)
-    args = parse_flags(__doc__, ["seed", "steps", "out"], argv, defaults={"steps": 2000}, add=add)
+    args = parse_flags(__doc__, ["seed", "steps", "people", "out"], argv, defaults={"steps": 2000}, add=add)
     if not args.train:
-        refuse_given(args, ["steps", "out"], "counts only with --train; add --train")
+        refuse_given(args, ["steps", "people", "out"], "counts only with --train; add --train")
     elif args.out is None:
         raise UserError("--out: missing; name the folder to write, for example --out runs/toy_model")
     return args
@@ -247,8 +249,8 @@ def main(argv=None):
     with claim(args.out) as out:
         tokenizer = build_tokenizer()
         model = build_model(len(tokenizer), seed=args.seed)
-        print(f"{model.num_parameters():,} parameters, {2 * PEOPLE * 5:,} facts", file=sys.stderr)
-        loss = train(model, tokenizer, args.steps, seed=args.seed)
+        print(f"{model.num_parameters():,} parameters, {2 * args.people * 5:,} facts", file=sys.stderr)
+        loss = train(model, tokenizer, args.steps, seed=args.seed, count=args.people)
         print(f"loss of the last step: {loss:.3f} nats per token")
         with out.folder() as folder:
             model.save_pretrained(folder)

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from support import models, toy_world
 from support.cli import UserError
+from support.recipe import digest
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,28 @@ def test_a_question_is_the_text_up_to_its_answer():
     for row in toy_world.tasks()["toy_recall"]:
         assert f"{row['context']} {row['choices'][row['answer']]}." in sentences
         assert len(row["choices"]) == len(set(row["choices"])) == 16
+
+
+def test_the_default_world_never_changes():
+    """Every result of the project was measured in it: text, questions and training rows, by a digest."""
+    sample = [toy_world.tasks(), toy_world.text("train"), toy_world.text("shown"),
+              next(toy_world.training_rows(toy_world.build_tokenizer())).tolist()]
+    assert digest(sample) == "b10afd949a247c2b"
+
+
+@pytest.mark.parametrize("count", [6, 480])
+def test_worlds_of_another_load(count):
+    """As many people as asked for, in the same phrasings, and nobody in two groups."""
+    sentences = set(toy_world.text("train", count=count))
+    assert len(sentences) == 2 * count * 5 * 4
+    for domain in toy_world.DOMAINS:
+        groups = toy_world.people(domain, count=count)
+        assert [len(group) for group in groups.values()] == [count // 2, count // 2, toy_world.UNKNOWN]
+        names = [name for group in groups.values() for name, _ in group]
+        assert len(names) == len(set(names))
+    rows = toy_world.tasks(count=count)["toy_recall"]
+    assert len(rows) == count * 5
+    assert all(f"{row['context']} {row['choices'][row['answer']]}." in sentences for row in rows)
 
 
 def test_texts_by_domain_and_refusals():
@@ -134,7 +157,7 @@ def test_looking_at_the_world(capsys):
 def test_training_writes_a_folder_that_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_world, "build_model", lambda size,
                         seed: BUILD(size, width=16, layers=1, seed=seed))
-    toy_world.main(["--train", "--steps", "2", "--out", str(tmp_path / "m")])
+    toy_world.main(["--train", "--steps", "2", "--people", "20", "--out", str(tmp_path / "m")])
     model, tokenizer = models.load_model(str(tmp_path / "m"))
     assert model.config.hidden_size == 16 and tokenizer.get_vocab() == toy_world.build_tokenizer().get_vocab()
     with pytest.raises(UserError, match="^--out .*already"):
@@ -146,7 +169,7 @@ BUILD = toy_world.build_model
 
 @pytest.mark.parametrize("flags, word", [
     (["--train"], "--out"), (["--out", "x"], "--out"), (["--steps", "3"], "--steps"),
-    (["--seed", "-1"], "--seed"),
+    (["--seed", "-1"], "--seed"), (["--people", "20"], "--people"), (["--people", "547"], "--people"),
     (["--seed", "x"], "--seed"), (["--train", "--out", "x", "--steps", "0"], "--steps"),
     (["--nonsense"], "--nonsense"),
     (["--train", "--out", str(models.TOY)], "--out")])
