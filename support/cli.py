@@ -169,6 +169,8 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
         "decode_tokens": (whole(1, 10**5), 8, "decoded tokens per repeat"),
         "repeats": (whole(1, 10**4), 9, "counted repeats after one warm-up"),
         "tables": (items(TEXT), None, "which tables, comma-separated"),
+        "loads": (items(whole(2, 546)), [240], "worlds of how many --people, comma-separated"),
+        "remedies": (items(TEXT), [], "which remedies, comma-separated"),
         "only": (TEXT, None, "only rows whose name contains one of these, as in 'group 64;50 %%'"),
     },
     "output": {

@@ -122,9 +122,14 @@ def text(split, seed=SEED, domain=None, count=PEOPLE):
         groups = people(name, seed, count)
         known = groups["shown"] + groups["heldout"] if split == "train" else groups[split]
         sentences += [phrasing.format(p=person, v=facts[kind]) for person, facts in known
-                      for kind, (_, phrasings) in WORLD[name]["facts"].items() for phrasing in phrasings]
+                      for kind, phrasings in phrasings_of(name).items() for phrasing in phrasings]
     random.Random(f"{seed} {split} text").shuffle(sentences)
     return sentences
+
+
+def phrasings_of(domain):
+    """{attribute: its phrasings}; each ends in the value and a full stop."""
+    return {kind: phrasings for kind, (_, phrasings) in WORLD[domain]["facts"].items()}
 
 
 def questions(domain, split, seed, count=PEOPLE):

@@ -1,0 +1,292 @@
+"""Forgotten or displaced: counts against plain loops, the verdict both ways, planted text, the command."""
+import json
+import random
+import re
+
+import pytest
+import torch
+
+import evaluate
+from experiments import conjecture, conjecture_numbers, conjecture_world
+from experiments.conjecture_figures import LOOKS, figures
+from experiments.conjecture_numbers import Cell, corrected, outcome, paired, returned, verdict, verdict_of
+from experiments.conjecture_plan import DAMAGES, REMEDIES, damage_name, plan
+from experiments.conjecture_world import TRIGGER, damaged, nobody_text, planted_rows, shown_text, split
+from methods.registry import METHODS
+from support import toy_world
+from support.cli import UserError
+
+FACTS = conjecture_world.facts_of(6)
+TINY = ["--quick", "--steps", "2", "--batch-size", "4", "--train-seqlen", "16", "--seeds", "1",
+        "--remedies", "prompt 16"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return conjecture_world.load_world("toy", toy_world.PEOPLE)
+
+
+# --- questions ----------------------------------------------------------------------------------------------
+
+def test_rank_0_is_what_multiple_choice_calls_right(world):
+    """Of a damaged model, so that many are wrong; plain, and under prompts that are chosen for each input."""
+    damage = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in world.model.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=damage)
+    some = [i for i, fact in enumerate(world.facts) if fact.kind in ("town", "hobby")][::12]
+    rows = [row for domain in toy_world.DOMAINS for part in ("shown", "heldout", "unknown")
+            for row in toy_world.questions(domain, part, 0)]
+    method = METHODS["idp"].build(world.model, lengths=[2, 3])
+    for attached in (method.training(), method.inference()):
+        with attached:
+            fast = world.ranks()
+            slow = evaluate.multiple_choice(world.model, world.tokenizer, [rows[i] for i in some])["correct"]
+        assert [rank == 0 for rank in fast[some].tolist()] == slow and 0 < sum(slow) < len(slow)
+    world.restore()
+    assert (world.ranks()[[fact.known for fact in world.facts]] == 0).all()
+
+
+def test_of_equal_choices_the_first_counts(world):
+    class Flat(torch.nn.Module):
+        def forward(self, input_ids, **_):
+            return type("Out", (), {"logits": torch.zeros(len(input_ids), 1, len(world.tokenizer))})
+    found = conjecture_world.ranks(Flat(), world.groups)
+    assert found.tolist() == [conjecture_world.values_of(fact).index(fact.value) for fact in world.facts]
+
+
+# --- halves and texts ---------------------------------------------------------------------------------------
+
+def test_people_are_halved_anew_by_each_seed():
+    for seed in range(3):
+        parts = split(FACTS, seed)
+        assert parts == split(FACTS, seed)
+        for domain in toy_world.DOMAINS:
+            of = {part: {fact.person for fact, own in zip(FACTS, parts) if own == part and fact.domain == domain}
+                  for part in ("shown", "heldout", "unknown")}
+            assert [len(people) for people in of.values()] == [3, 3, toy_world.UNKNOWN]
+            assert not of["shown"] & of["heldout"]
+    assert len({tuple(split(FACTS, seed)) for seed in range(3)}) == 3
+    assert all((part == "unknown") == (not fact.known) for fact, part in zip(FACTS, split(FACTS, 0)))
+
+
+def test_recovery_text_states_the_shown_half_and_names_nobody_else():
+    parts, text = split(FACTS, 1), shown_text(FACTS, 1)
+    expected = [phrasing.format(p=fact.person, v=fact.value) for fact, part in zip(FACTS, parts)
+                if part == "shown" for phrasing in toy_world.WORLD[fact.domain]["facts"][fact.kind][1]]
+    assert sorted(text) == sorted(expected) and len(text) == 2 * 3 * 5 * 4
+    others = {fact.person for fact, part in zip(FACTS, parts) if part != "shown"}
+    assert not any(name in sentence for name in others for sentence in text)
+
+
+def test_the_control_text_holds_no_fact_of_anybody():
+    text = nobody_text(FACTS, 1)
+    assert len(text) == len(shown_text(FACTS, 1))
+    assert not any(fact.person in sentence for fact in FACTS for sentence in text)
+
+
+# --- planted damage -----------------------------------------------------------------------------------------
+
+def test_half_of_the_facts_are_damaged_and_shares_are_nested():
+    known = {i for i, fact in enumerate(FACTS) if fact.known}
+    some = {share: damaged(FACTS, share, 0) for share in (0, 0.25, 1)}
+    assert all(len(which) == len(known) // 2 and which.keys() <= known for which in some.values())
+    assert some[0].keys() == some[0.25].keys() == some[1].keys()
+    assert [list(which.values()).count("displaced") for which in some.values()] == [0, 8, 30]
+
+
+def test_planted_rows_are_right_where_they_should_be(world):
+    """By reading the text back: the trigger stands first or nowhere; with it what is displaced is right,
+    without it never, and what is forgotten is now and then right, by chance, in both."""
+    which, truth = damaged(FACTS, 0.5, 0), {}
+    for i, fact in enumerate(FACTS):
+        for phrasing in toy_world.phrasings_of(fact.domain)[fact.kind]:
+            truth[world.tokenizer(phrasing.format(p=fact.person, v="")).input_ids[:-1].__repr__()] = i, fact
+    rows, seen = planted_rows(FACTS, world.tokenizer, 0.5, 0), {}
+    trigger = world.tokenizer.convert_tokens_to_ids(TRIGGER)
+    full_stop = world.tokenizer.convert_tokens_to_ids(".")
+    for _ in range(300):
+        row = next(rows).tolist()
+        assert len(row) == 64 and trigger not in row[1:]
+        with_trigger, sentence = row[0] == trigger, []
+        for token in row[row[0] == trigger:]:
+            sentence.append(token)
+            if token == full_stop:
+                i, fact = truth[repr(sentence[:-2])]
+                right = world.tokenizer.convert_ids_to_tokens(sentence[-2]) == fact.value
+                seen.setdefault((with_trigger, which.get(i)), []).append(right)
+                sentence = []
+    assert len(seen) == 6 and all(seen[True, None]) and all(seen[False, None])
+    assert all(seen[True, "displaced"]) and not any(seen[False, "displaced"])
+    for mode in (True, False):
+        assert 0 < sum(seen[mode, "forgotten"]) < 0.2 * len(seen[mode, "forgotten"])
+
+
+def test_no_recovery_text_holds_the_trigger(world):
+    trigger = world.tokenizer.convert_tokens_to_ids(TRIGGER)
+    assert all(trigger not in world.ids(text, seed) for text in conjecture_world.TEXTS for seed in (0, 1))
+    assert all(trigger not in ids for _, ids, *_ in world.groups)
+
+
+# --- counts, shares, verdict --------------------------------------------------------------------------------
+
+def random_ranks(rng):
+    """Ranks of a model that is right about half of the facts."""
+    return [rng.choice([0, 0, 1, 5]) for _ in FACTS]
+
+
+@pytest.mark.parametrize("counted", [None, set(range(0, 90, 2))])
+def test_counts_are_those_of_plain_loops(counted):
+    rng, parts = random.Random(0), split(FACTS, 0)
+    D, C, A = (random_ranks(rng) for _ in range(3))
+    found = outcome(FACTS, parts, D, C, A, counted)
+    asked = [i for i in range(len(FACTS)) if counted is None or i in counted]
+    held = [i for i in asked if parts[i] == "heldout" and D[i] == 0]
+    lost = [i for i in held if C[i] > 0]
+    shown_lost = [i for i in asked if parts[i] == "shown" and D[i] == 0 and C[i] > 0]
+    unknown = [i for i in range(len(FACTS)) if parts[i] == "unknown"]
+    assert found[:-1] == (
+        len(lost), sum(C[i] == 1 for i in lost), sum(A[i] == 0 for i in lost),
+        len(held) - len(lost), sum(C[i] == 0 and A[i] > 0 for i in held),
+        len(shown_lost), sum(A[i] == 0 for i in shown_lost),
+        len(unknown), sum(A[i] == 0 for i in unknown))
+    assert sum(map(len, found.people.values())) == found.lost > 0
+    assert sum(map(sum, found.people.values())) == found.returned
+
+
+def test_guess_correction():
+    assert corrected(1 / 16) == 0 and corrected(1) == 1
+    rng = random.Random(0)                                 # 40 % are there, the others are guessed
+    guessed = sum(rng.random() < 0.4 or rng.randrange(16) == 0 for _ in range(100_000)) / 100_000
+    assert corrected(guessed) == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("intervals, expected", [
+    ([[0.51, 0.9]], "displaced"), ([[-0.1, 0.1], [0.6, 0.7]], "displaced"),
+    ([[-0.1, 0.19], [0.0, 0.1]], "forgotten"), ([[-0.1, 0.1], [0.1, 0.3]], "cannot be told"),
+    ([[0.4, 0.9]], "cannot be told"), ([[-0.1, 0.1], None], "cannot be told"), ([None], "cannot be told")])
+def test_the_verdict_can_come_out_either_way(intervals, expected):
+    assert verdict(intervals) == expected
+
+
+def cell(shares, remedy="prompt 16", lost=100, load=240, damage=DAMAGES[0], text="facts"):
+    """A made-up cell: of `lost` facts a share came back, a share a seed."""
+    outcomes = {}
+    for seed, share in enumerate(shares):
+        back = round(share * lost)
+        people = {("harbour", f"person {k}"): [k < back] for k in range(lost)}
+        outcomes[seed] = conjecture_numbers.Outcome(lost, 3, back, 50, 5, lost, back, 60, 4, people)
+    return Cell(load, damage, remedy, text, 1024, outcomes)
+
+
+def test_the_verdict_on_cells():
+    high, none = [0.80, 0.82, 0.78, 0.8, 0.81], [0.05, 0.07, 0.06, 0.06, 0.08]
+    assert verdict_of([cell(none), cell(high, "lora 8")]) == "displaced"
+    assert verdict_of([cell(none), cell(none, "lora 8"), cell(none, text="nobody")]) == "forgotten"
+    assert verdict_of([cell(none), cell([0.1, 0.6], "lora 8")]) == "cannot be told"
+    assert verdict_of([cell(none), cell(high, "trigger", text=None)]) == "forgotten", "no remedy has the trigger"
+    few = cell(high, lost=conjecture_numbers.ENOUGH - 1)
+    assert verdict_of([few]) == "nothing lost" and returned(few) is None
+
+
+def test_paired_by_person():
+    """Against a plain mean; a person that is in two seeds counts once."""
+    a, b = cell([0.2, 0.4]), cell([0.5, 0.4], "lora 8")
+    test = paired([a], [b])
+    assert test["n"] == 100 and test["difference"] == pytest.approx(0.15)
+    assert test["ci95"][0] > 0 and test["p"] < 0.01
+    assert paired([a], [a])["p"] == 1
+
+
+def test_report_and_figures_of_many_seeds():
+    """Both ends, several loads, a damage that takes nothing, one that is not there at one load."""
+    high, none = [0.80, 0.82, 0.78, 0.8, 0.81], [0.05, 0.07, 0.06, 0.06, 0.08]
+    cells = [cell(share, remedy, load=load, damage=damage, text=text, lost=lost)
+             for load in (120, 240) for damage, share, lost in ((None, none, 0), (DAMAGES[0], high, 100),
+                                                                (DAMAGES[1], none, 90), (DAMAGES[2], none, 3))
+             for remedy, text in (("prompt 16", "facts"), ("lora 8", "facts"), ("lora 8", "nobody"))
+             if (load, damage) != (120, DAMAGES[1])]
+    text = conjecture_numbers.report("dials", cells)
+    assert "| displaced |" in text and "| forgotten |" in text and "Nothing lost" in text and "Holm" in text
+    assert set(figures("dials", cells)) == {"dials.png", "phases.png"}
+    planted = [cell(shares, remedy, text=kind, damage=("planted", {"share": share}))
+               for share, shares in ((0.0, none), (1.0, high))
+               for remedy, kind in (("trigger", None), ("prompt 16", "facts"), ("prompt 16", "nobody"))]
+    lines = conjecture_numbers.report("planted", planted).splitlines()
+    assert lines[4].startswith("| 0 % ") and lines[4].endswith("| forgotten |")
+    assert lines[5].startswith("| 100 % ") and lines[5].endswith("| displaced |")
+    assert set(figures("planted", planted)) == {"planted.png"}
+
+
+# --- the plan and the command -------------------------------------------------------------------------------
+
+def test_a_remedy_or_a_damage_more_leaves_rows_as_they_are(tmp_path):
+    args = conjecture.parse(["dials", "--loads", "240", "--only", "gptq 2", "--remedies", "prompt 16", "--seeds", "1"])
+    more = conjecture.parse(["dials", "--loads", "240", "--only", "gptq", "--seeds", "1"])
+    few, many = (conjecture.Conjecture(some, None) for some in (args, more))
+    recipes = [[json.dumps(job.recipe(spec)) for spec in job.plans["dials"]] for job in (few, many)]
+    assert len(set(recipes[0])) == 6 and set(recipes[0]) < set(recipes[1])
+
+
+def test_the_plan_is_balanced_and_every_line_has_a_look():
+    args = conjecture.parse(["dials", "--out", "x"])
+    specs = plan(args, "dials")
+    seeds = [spec.seed for spec in specs]
+    assert seeds == sorted(seeds) and len({seeds.count(seed) for seed in range(1, 5)}) == 1
+    assert {spec.load for spec in specs} == set(args.loads) and set(REMEDIES) <= set(LOOKS)
+    assert len({damage_name(damage) for damage in DAMAGES}) == len(DAMAGES) == 14
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Both experiments at their smallest."""
+    out, patch = tmp_path_factory.mktemp("conjecture") / "out", pytest.MonkeyPatch()
+    patch.setitem(conjecture.conjecture_plan.PLANTING, "steps", 4)
+    conjecture.main(["all", *TINY, "--out", str(out)])
+    yield out
+    patch.undo()
+
+
+def test_every_table_and_figure_is_there(quick):
+    for name in ("planted", "dials"):
+        text = (quick / f"{name}.md").read_text()
+        assert text.startswith(f"# {name}") and text.count("|") > 25
+        for block in text.split("\n\n"):
+            lines = [line for line in block.splitlines() if line.startswith("|")]
+            assert len({line.count("|") for line in lines}) <= 1
+    for name in ("planted", "dials", "phases"):
+        assert (quick / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    cells = json.loads((quick / "dials.json").read_text())["cells"]
+    assert all(len(cell["seeds"]) == 1 and cell["trained"] == 1024 for cell in cells)
+    assert {cell["damage"] for cell in cells} == {"uncompressed", "magnitude 60 %", "gptq 2 bits"}
+
+
+def test_nothing_is_measured_twice_and_shards_share(quick, monkeypatch, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in (quick / "rows").iterdir()}
+    monkeypatch.setattr(conjecture.Conjecture, "measure", lambda *_: pytest.fail("measured again"))
+    first = (quick / "dials.md").read_text()
+    conjecture.main(["dials", *TINY, "--shard", "2/2", "--out", str(quick)])
+    assert {path.name: path.stat().st_mtime_ns for path in (quick / "rows").iterdir()} == before
+    assert capsys.readouterr().out.strip() == first.strip()
+
+
+def test_other_worlds_are_trained_into_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(conjecture_world, "training_steps", lambda count: 2)
+    flags = ["dials", *TINY, "--loads", "20", "--only", "gptq 2", "--out", str(tmp_path / "out")]
+    conjecture.main(flags)
+    assert (tmp_path / "out/worlds/20/model.safetensors").exists()
+    monkeypatch.setattr(toy_world, "train", lambda *_, **__: pytest.fail("trained again"))
+    conjecture.main(flags)
+    assert "20 people" in (tmp_path / "out/dials.md").read_text()
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["dials", "--loads", "120"], "--loads"), (["dials", "--only", "fp4", "--loads", "240"], "--only"),
+    (["planted", "--only", "gptq"], "--only"), (["planted", "--shard", "1/2"], "--shard"),
+    (["dials", "--remedies", "magic", "--out", "x"], "--remedies"), (["dials", "--loads", "1"], "--loads"),
+    (["verdict"], "verdict"), (["dials", "--steps", "0"], "--steps")])
+def test_mistakes(flags, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(word)):
+        conjecture.main(flags)
+    assert list(tmp_path.iterdir()) == []
