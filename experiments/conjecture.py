@@ -2,8 +2,8 @@
 
 Paper: "Do Compressed LLMs Forget Knowledge?", arXiv 2310.00867. H0: compression erases knowledge. H1: it
 displaces it: the knowledge is there and is only not found, so a remedy that is trained on other facts should
-bring it back [§1]. The paper's evidence is accuracy, and the cosines of Fig. 6. Here each fact is followed, in
-worlds of which every fact is known:
+bring it back [§1]. The paper's evidence is accuracy, and the cosines of Fig. 6. Here each fact is followed,
+in worlds of which every fact is known:
 
     python -m experiments.conjecture planted --out runs/conjecture    # is the instrument true?
     python -m experiments.conjecture dials --out runs/conjecture      # load x damage x remedy
@@ -61,7 +61,7 @@ class Conjecture:
     """Worlds, the rows that were asked for, and the store that keeps them."""
 
     def __init__(self, args, out):
-        self.args, self.out, self.store = args, out, RowStore(out)
+        self.args, self.out, self.store, self.computed = args, out, RowStore(out), {}
         self.names = ["planted", "dials"] if args.name == "all" else [args.name]
         self.plans = {name: conjecture_plan.plan(args, name) for name in self.names}
         loads = dict.fromkeys(spec.load for specs in self.plans.values() for spec in specs)
@@ -78,7 +78,7 @@ class Conjecture:
             say("world", f"training the model of {load} people per domain; minutes")
             train_world(load, self.out)
         world = load_world(str(folder), load)
-        self.store.put("world", {"load": load}, {"weights": world.digest})     # --out is known as ours from now
+        self.store.put("world", {"load": load}, {"weights": world.digest})   # by its rows --out is known as ours
         return world
 
     def recipe(self, spec):
@@ -92,8 +92,9 @@ class Conjecture:
         if spec.remedy == "trigger":
             recipe["trigger"] = TRIGGER
         elif spec.remedy:
+            text = digest(self.ids(spec.load, spec.text, spec.seed))
             recipe.update(remedy=REMEDIES[spec.remedy], steps=args.steps, batch_size=args.batch_size,
-                          train_seqlen=args.train_seqlen, text=digest(self.ids(spec.load, spec.text, spec.seed)))
+                          train_seqlen=args.train_seqlen, text=text)
         return recipe
 
     def row(self, spec):
@@ -130,7 +131,15 @@ class Conjecture:
         elif damage:
             name, settings = damage
             ids = compress.calibration_ids(self.ids(load, "facts", seed), args.nsamples, args.seqlen, seed)
-            compress.compress_model(world.model, world.tokenizer, name, ids, codes=False, **settings)
+            self.computed = {name: build(world.model, remedy, seed) for name, remedy in REMEDIES.items()
+                             if name in args.remedies and remedy.rate is None}
+            compress.compress_model(world.model, world.tokenizer, name, ids, codes=False,
+                                    observe=self.observe, **settings)
+
+    def observe(self, *layer):
+        """Show a layer that was just compressed to every remedy that is computed from it."""
+        for method in self.computed.values():
+            method.observe(*layer)
 
     def measure(self, spec):
         """Train what is to be trained and ask every question. -> a row."""
@@ -138,16 +147,17 @@ class Conjecture:
         if spec.remedy is None:
             return {"ranks": hexadecimal(world.ranks())}
         if spec.remedy == "trigger":
-            return {"ranks": hexadecimal(world.ranks([world.tokenizer.convert_tokens_to_ids(TRIGGER)]))}
-        remedy = REMEDIES[spec.remedy]
-        method = build(world.model, remedy, spec.seed)
-        training = recover.train(
-            method, self.ids(spec.load, spec.text, spec.seed), args.steps, args.batch_size,
-            args.train_seqlen, remedy.rate, spec.seed, quiet=True)
+            return {"ranks": hexadecimal(world.ranks(trigger=True))}
+        method, remedy = self.computed.get(spec.remedy), REMEDIES[spec.remedy]
+        if method is None:
+            method = build(world.model, remedy, spec.seed)
+            recover.train(method, self.ids(spec.load, spec.text, spec.seed), args.steps, args.batch_size,
+                          args.train_seqlen, remedy.rate, spec.seed, quiet=True,
+                          teacher=self.teacher(spec.load) if remedy.distilled else None)
         with method.inference():
             found = world.ranks()
-        return {"ranks": hexadecimal(found), "trained": sum(t.numel() for t in method.tensors().values()),
-                "loss": training["loss"], "seconds": round(time.time() - start, 1)}
+        return {"ranks": hexadecimal(found), "numbers": sum(t.numel() for t in method.tensors().values()),
+                "seconds": round(time.time() - start, 1)}
 
     # --- from rows to numbers
 
@@ -158,7 +168,7 @@ class Conjecture:
             if spec.remedy and self.row(spec) and self.row(damaged_spec(spec)) and self.row(dense_spec(spec)):
                 groups[digest(spec._replace(seed=None))].append(spec)
         return [Cell(some[0].load, some[0].damage, some[0].remedy, some[0].text,
-                     self.row(some[0]).get("trained"), {spec.seed: self.outcome(spec) for spec in some})
+                     self.row(some[0]).get("numbers"), {spec.seed: self.outcome(spec) for spec in some})
                 for some in groups.values()]
 
     def outcome(self, spec):
@@ -183,7 +193,7 @@ def damaged_spec(spec):
 def build(model, remedy, seed):
     """A remedy on a model; LoRA on all linear layers of its blocks, alpha 2 r. -> a method."""
     settings = dict(remedy.settings)
-    if "r" in settings:
+    if remedy.method == "lora":
         targets = sorted({last_name(name) for name in linears_in_blocks(model)})
         settings.update(alpha=2 * settings["r"], targets=targets)
     return METHODS[remedy.method].build(model, **settings, seed=seed)
@@ -194,7 +204,7 @@ def build(model, remedy, seed):
 TAKES = ["seed", "seeds", "steps", "batch_size", "train_seqlen", "nsamples", "seqlen", "loads", "remedies",
          "only", "out", "shard"]
 CHOICES = {"remedies": list(REMEDIES)}
-DEFAULTS = {"steps": 100, "loads": list(LOADS), "remedies": list(REMEDIES)}
+DEFAULTS = {"steps": 100, "batch_size": 8, "loads": list(LOADS), "remedies": list(REMEDIES)}
 
 
 def parse(argv=None):
@@ -202,7 +212,8 @@ def parse(argv=None):
     def add(parser):
         """What only this script has."""
         parser.add_argument("name", choices=["planted", "dials", "all"], help="which experiment")
-        parser.add_argument("--quick", action="store_true", default=None, help="the smallest that says something")
+        words = "the smallest that says something"
+        parser.add_argument("--quick", action="store_true", default=None, help=words)
     args = parse_flags(__doc__, TAKES, argv, CHOICES, DEFAULTS, add=add)
     args.given.remove("name")
     if args.name == "planted":
@@ -213,8 +224,8 @@ def parse(argv=None):
     if args.shard and args.out is None:
         raise UserError(f"--shard {args.shard}: needs --out DIR, which all shards share")
     if args.out is None and args.name != "planted" and set(args.loads) != {PEOPLE}:
-        raise UserError(f"--loads {','.join(map(str, args.loads))}: other worlds than {PEOPLE} are trained into "
-                        f"--out; give --out, or --loads {PEOPLE}")
+        raise UserError(f"--loads {','.join(map(str, args.loads))}: other worlds than {PEOPLE} are trained "
+                        f"into --out; give --out, or --loads {PEOPLE}")
     compressions(args)
     recover.check_training(range(args.train_seqlen), args.batch_size, args.train_seqlen, 1)
     return args
@@ -237,7 +248,8 @@ def main(argv=None):
                 out.json(f"{name}.json", {
                     "command": evaluate.command_line(), "settings": vars(args), "versions": versions(),
                     "device": device_name(torch.device("cpu")), "seconds": round(time.time() - start, 1),
-                    "loads": {load: world.load for load, world in job.worlds.items()}, "cells": summary(cells)})
+                    "loads": {load: world.load for load, world in job.worlds.items()},
+                    "cells": summary(cells)})
                 for file, figure in figures(name, cells).items():
                     out.figure(file, figure)
 

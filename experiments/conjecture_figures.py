@@ -5,7 +5,7 @@ A method has one colour and one marker in all of them; line styles differ too, f
 import statistics
 
 from experiments.conjecture_numbers import (
-    DISPLACED, FORGOTTEN, best, by_damage, find, lost_share, returned, verdict_of)
+    DISPLACED, FORGOTTEN, best, by_damage, find, lost_share, planted_share, returned, verdict_of)
 from experiments.patterns import STYLES
 from support.uncertainty import mean_ci95
 
@@ -52,11 +52,11 @@ def calibration(cells):
                                                       "label": f"{remedy}, control text"})):
             some = [cell for group in groups if (cell := find(group, remedy, text)) and returned(cell)]
             if some:
-                x = [100 * cell.damage[1]["share"] for cell in some]
-                line(ax, x, list(map(returned, some)), remedy, 1.2 * k - 2, **look)
+                x = [100 * statistics.fmean(planted_share(cell)) for cell in some]
+                line(ax, x, list(map(returned, some)), remedy, 0.6 * k - 1, **look)
     for level in (DISPLACED, FORGOTTEN):
         ax.axhline(100 * level, color="0.6", linewidth=0.8, linestyle=(0, (1, 2)))
-    ax.set(xlabel="planted: share of the damaged facts that is displaced, %",
+    ax.set(xlabel="planted: lost held-out facts that are displaced, %",
            ylabel="reported: lost held-out facts that come back, %")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8)
@@ -77,7 +77,8 @@ def curves(cells):
     for ax, load in zip(axes, loads):
         damages = damages_of(groups, load)
         for k, remedy in enumerate(LOOKS):
-            points = [(x, returned(cell)) for x, (_, some) in enumerate(damages) if (cell := find(some, remedy))]
+            points = [(x, returned(cell)) for x, (_, some) in enumerate(damages)
+                      if (cell := find(some, remedy))]
             if points:
                 line(ax, *zip(*points), remedy, 0.05 * k - 0.1)
         names = [f"{name} ({100 * statistics.fmean(lost_share(some[0])):.0f})" for name, some in damages]
@@ -87,8 +88,9 @@ def curves(cells):
         ax.set_title(f"{load} people per domain", fontsize=10)
         ax.set_xlabel("damage (facts lost, %)")
         ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("lost held-out facts that come back, %")
-    axes[0].legend(frameon=False, fontsize=8)
     fig.tight_layout()
     return fig
 
@@ -99,15 +101,15 @@ def phases(cells):
     names = list(dict.fromkeys(name for (_, name), some in groups.items() if some[0].damage))
     fig, (ax, *_) = canvas(1, 1.6 + 1.5 * len(loads), 1.2 + 0.38 * len(names))
     winners = {key: one for key, some in groups.items() if (one := best(some))}
-    shares = [[100 * statistics.fmean(returned(winners[load, name])) if (load, name) in winners else float("nan")
-               for load in loads] for name in names]
+    mean = lambda one: 100 * statistics.fmean(returned(one)) if one else float("nan")
+    shares = [[mean(winners.get((load, name))) for load in loads] for name in names]
     image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for y, name in enumerate(names):
         for x, load in enumerate(loads):
             one = winners.get((load, name))
             if one is None:
-                ax.text(x, y, "nothing lost" if (load, name) in groups else "not run", ha="center", va="center",
-                        fontsize=8, color="0.5")
+                words = "nothing lost" if (load, name) in groups else "not run"
+                ax.text(x, y, words, ha="center", va="center", fontsize=8, color="0.5")
                 continue
             color = "white" if shares[y][x] < 55 else "black"
             ax.plot(x - 0.34, y, color=color, marker=LOOKS[one.remedy][2], markersize=6)
@@ -117,7 +119,9 @@ def phases(cells):
         ax.plot([], [], color="0.3", linestyle="none", marker=LOOKS[remedy][2], label=remedy)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_xticks(range(len(loads)), [f"{load} people" for load in loads], fontsize=9)
-    ax.legend(title="best remedy", frameon=False, fontsize=8, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    if winners:
+        ax.legend(title="best remedy", frameon=False, fontsize=8, ncol=3, loc="lower center",
+                  bbox_to_anchor=(0.5, 1))
     fig.colorbar(image, ax=ax, label="comes back by the best remedy, %")
     fig.tight_layout()
     return fig

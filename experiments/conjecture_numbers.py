@@ -17,10 +17,11 @@ DISPLACED, FORGOTTEN = 0.5, 0.2
 
 # held out: lost (right in D, wrong in C), second (of these the truth is C's second choice), returned (of
 # these right in A), kept (right in D and C), newly_lost (of these wrong in A). shown_*: the shown half.
-# unknown, guessed: questions about unknown people, right in A. people: {person: [returned?]} of the lost.
+# unknown, guessed: questions about unknown people, right in A. planted: of the lost, those that were displaced
+# on purpose. people: {person: [returned?]} of the lost.
 Outcome = collections.namedtuple("Outcome", "lost second returned kept newly_lost shown_lost shown_returned "
-                                            "unknown guessed people")
-# one load, damage, remedy and text; size: trained numbers; outcomes: {seed: Outcome}
+                                            "unknown guessed planted people")
+# one load, damage, remedy and text; size: numbers of the remedy; outcomes: {seed: Outcome}
 Cell = collections.namedtuple("Cell", "load damage remedy text size outcomes")
 
 
@@ -29,8 +30,8 @@ Cell = collections.namedtuple("Cell", "load damage remedy text size outcomes")
 def outcome(facts, parts, dense, damaged, after, counted=None):
     """Count what a remedy brought back. dense, damaged, after: ranks of the truth, one a fact, 0 is right.
 
-    parts: "shown", "heldout" or "unknown" of each fact. counted: indices of the facts that count (planted
-    damage: those that were damaged); all when absent. Unknown people always count. -> Outcome
+    parts: "shown", "heldout" or "unknown" of each fact. counted: of planted damage the facts that were
+    damaged, {index: "displaced" or "forgotten"}: only they count. Unknown people always count. -> Outcome
     """
     counts, people = collections.Counter(), collections.defaultdict(list)
     for i, part in enumerate(parts):
@@ -44,7 +45,8 @@ def outcome(facts, parts, dense, damaged, after, counted=None):
         elif part == "shown":
             counts.update(shown_lost=1, shown_returned=right)
         else:
-            counts.update(lost=1, second=damaged[i] == 1, returned=right)
+            counts.update(lost=1, second=damaged[i] == 1, returned=right,
+                          planted=counted is not None and counted[i] == "displaced")
             people[facts[i].domain, facts[i].person].append(bool(right))
     numbers = {name: int(counts[name]) for name in Outcome._fields[:-1]}
     return Outcome(**numbers, people=dict(people))
@@ -177,18 +179,26 @@ def mean_returned(cells):
     return [statistics.fmean(shares[seed] for shares in by_seed) for seed in seeds] or None
 
 
+def planted_share(cell):
+    """Share of the lost held-out facts that were displaced, by construction, one a seed."""
+    return each_seed(cell, "planted", "lost")
+
+
 def planted_table(cells):
     """The calibration curve: reported share against planted share, and the verdict. -> Markdown."""
     names = list(dict.fromkeys(cell.remedy for cell in cells if cell.text == "facts"))
     controls = list(dict.fromkeys(cell.remedy for cell in cells if cell.text == "nobody"))
-    head = ["planted", "lost facts", "right with the trigger", *names,
+    head = ["people displaced", "lost facts", "of these displaced", "right with the trigger", *names,
             *(f"{name}, control text" for name in controls), "verdict"]
     rows = []
-    for (_, name), some in sorted(by_damage(cells).items(), key=lambda item: item[1][0].damage[1]["share"]):
+    for some in sorted(by_damage(cells).values(), key=lambda some: some[0].damage[1]["share"]):
         lost = statistics.fmean(seed.lost for seed in some[0].outcomes.values())
-        shares = [find(some, remedy) for remedy in names] + [find(some, remedy, "nobody") for remedy in controls]
+        share = some[0].damage[1]["share"]
+        shares = [find(some, remedy) for remedy in names]
+        shares += [find(some, remedy, "nobody") for remedy in controls]
         trigger = find(some, "trigger", None)
-        rows.append([name, f"{lost:.0f}", percent(trigger and returned(trigger)),
+        rows.append([f"{100 * share:.0f}", f"{lost:.0f}", percent(planted_share(some[0])),
+                     percent(trigger and returned(trigger)),
                      *(percent(cell and returned(cell)) for cell in shares), verdict_of(some)])
     return markdown(head, rows)
 
@@ -220,7 +230,7 @@ def dial_table(cells, load):
 def remedy_table(cells):
     """A line a remedy: means over all damages that lost enough; its price on the uncompressed model."""
     loads = list(dict.fromkeys(cell.load for cell in cells))
-    head = ["remedy", "trained numbers", *(f"comes back, {load} people" for load in loads),
+    head = ["remedy", "numbers", *(f"comes back, {load} people" for load in loads),
             "unknown people right", *(f"newly lost if uncompressed, {load}" for load in loads)]
     rows = []
     for remedy, text in dict.fromkeys((cell.remedy, cell.text) for cell in cells if cell.remedy):
@@ -229,7 +239,8 @@ def remedy_table(cells):
         price = [next((cell for cell in mine if cell.load == load and cell.damage is None), None)
                  for load in loads]
         guessed = [value for cell in mine for value in each_seed(cell, "guessed", "unknown")]
-        rows.append([remedy + ", control text" * (text == "nobody"), f"{mine[0].size:,}", *map(percent, means),
+        name = remedy + ", control text" * (text == "nobody")
+        rows.append([name, f"{mine[0].size:,}", *map(percent, means),
                      f"{100 * statistics.fmean(guessed):.0f}",
                      *(percent(each_seed(cell, "newly_lost", "kept")) for cell in price)])
     return markdown(head, rows)
@@ -254,13 +265,14 @@ def report(name, cells):
         return "\n\n".join([f"# {name}", planted_table(cells), words])
     loads = dict.fromkeys(cell.load for cell in cells)
     parts = [f"## {load} people per domain\n\n{dial_table(cells, load)}" for load in loads]
-    return "\n\n".join([f"# {name}", *parts, words, "## Remedies", remedy_table(cells), "## Paired tests",
-                        test_table(cells)])
+    paired_tests = ["## Paired tests", test_table(cells)] if tests(cells) else []
+    return "\n\n".join([f"# {name}", *parts, words, "## Remedies", remedy_table(cells), *paired_tests])
 
 
 def summary(cells):
     """What a JSON file holds of every cell: counts of each seed, and the shares."""
     return [{"load": cell.load, "damage": damage_name(cell.damage), "planted": is_planted(cell.damage),
-             "remedy": cell.remedy, "text": cell.text, "trained": cell.size,
-             "returned": returned(cell), "seeds": {seed: list(one[:-1]) for seed, one in cell.outcomes.items()}}
+             "remedy": cell.remedy, "text": cell.text, "numbers": cell.size,
+             "returned": returned(cell),
+             "seeds": {seed: list(one[:-1]) for seed, one in cell.outcomes.items()}}
             for cell in cells if cell.remedy]

@@ -13,23 +13,28 @@ LOADS = (120, 240, 480)                                    # known people per do
 DAMAGES = ([(name, {"sparsity": share}) for share in (0.5, 0.6, 0.7, 0.8)
             for name in ("magnitude", "sparsegpt")]
            + [(name, {"bits": bits, "group_size": 64}) for bits in (4, 3, 2) for name in ("rtn", "gptq")])
-SHARES = (1.0, 0.0, 0.5, 0.25, 0.75)                       # of planted damage, how much is only displaced
-PLANTING = {"steps": 600, "batch_size": 16, "lr": 3e-3}    # NOT IN PAPER: enough to lose, and to hold behind
+SHARES = (1.0, 0.0, 0.5, 0.25, 0.75)                       # of the people, how many are only displaced
+PLANTING = {"steps": 600, "batch_size": 16, "lr": 1.5e-3}  # enough to put others in the place of facts
 
-# method: a row of METHODS; settings: what it is built with; rate: peak learning rate; distilled: trained on
-# the dense model's probabilities instead of the text's tokens
+# method: a row of METHODS; settings: what it is built with; rate: peak learning rate, None of what is
+# computed while the model is compressed; distilled: trained on the dense model's distributions, not on tokens
 Remedy = collections.namedtuple("Remedy", "method settings rate distilled", defaults=(False,))
 REMEDIES = {
     "prompt 16": Remedy("prompt", {"lengths": [16]}, 1e-1),
-    "lora 8": Remedy("lora", {"r": 8}, 3e-3),
+    "lora 8": Remedy("lora", {"r": 8}, 1e-3),
     "prefix 16": Remedy("prefix", {"n": 16}, 1e-1),
     "idp 8+16": Remedy("idp", {"lengths": [8, 16]}, 1e-1),
-    "lora 1": Remedy("lora", {"r": 1}, 3e-3),
+    "eora 8": Remedy("eora", {"r": 8}, None),
+    "lora 1": Remedy("lora", {"r": 1}, 1e-3),
+    "prompt 16 distilled": Remedy("prompt", {"lengths": [16]}, 1e-1, True),
+    "lora 8 distilled": Remedy("lora", {"r": 8}, 1e-3, True),
 }
-CONTROLLED = ("prompt 16", "lora 8")                       # these are also trained on the control text
+CONTROLLED = ("lora 8",)                                   # these are also trained on the control text
 PLANTED = ("prompt 16", "prefix 16", "lora 8")             # these are tried on planted damage
+# which remedies are tested against each other
 PAIRS = (("prompt 16", "lora 8"), ("prompt 16", "prefix 16"), ("prompt 16", "idp 8+16"),
-         ("lora 1", "lora 8"))                             # which remedies are tested against each other
+         ("lora 1", "lora 8"), ("eora 8", "lora 8"), ("prompt 16", "prompt 16 distilled"),
+         ("lora 8", "lora 8 distilled"))
 QUICK = {"loads": [PEOPLE], "only": "magnitude 60;gptq 2", "seeds": 2, "steps": 30,
          "remedies": ["prompt 16", "lora 8"]}
 QUICK_SHARES = (1.0, 0.0)
@@ -48,7 +53,7 @@ def damage_name(damage):
     if damage is None:
         return "uncompressed"
     if is_planted(damage):
-        return f"{100 * damage[1]['share']:.0f} % displaced"
+        return f"{100 * damage[1]['share']:.0f} % of the people displaced"
     return describe(*damage).split(",")[0]
 
 
@@ -56,6 +61,7 @@ def remedies_of(args, damage):
     """[(remedy, text)] of a damage, the damaged model itself first."""
     planted = is_planted(damage)
     names = [name for name in args.remedies if not planted or name in PLANTED]
+    names = [name for name in names if damage or REMEDIES[name].rate]      # no error, no remedy of it
     control = [(name, "nobody") for name in names if name in CONTROLLED]
     return [(None, None), *[("trigger", None)] * planted, *((name, "facts") for name in names), *control]
 
@@ -70,11 +76,17 @@ def compressions(args):
 
 
 def plan(args, name):
-    """Specs of one experiment. Seeds are the outermost: a run that is cut off leaves whole seeds."""
-    loads, damages = args.loads, compressions(args)
+    """Specs of one experiment, in an order in which a run that is cut off leaves a balanced part: whole
+    seeds of the dials; of planted damage both ends first.
+    """
+    seeds = range(args.seed, args.seed + args.seeds)
     if name == "planted":
-        shares = QUICK_SHARES if args.quick else SHARES
-        loads, damages = [PEOPLE], [("planted", {"share": share, **PLANTING}) for share in shares]
+        loads, shares = [PEOPLE], QUICK_SHARES if args.quick else SHARES
+        damages = [("planted", {"share": share, **PLANTING}) for share in shares]
+        cells = [(PEOPLE, damage, seed) for k in (slice(2), slice(2, None)) for seed in seeds
+                 for damage in damages[k]]
+    else:
+        loads, damages = args.loads, compressions(args)
+        cells = [(load, damage, seed) for seed in seeds for damage in damages for load in loads]
     return [Spec(load, None, args.seed) for load in loads] + [
-        Spec(load, damage, seed, *what) for seed in range(args.seed, args.seed + args.seeds)
-        for damage in damages for load in loads for what in remedies_of(args, damage)]
+        Spec(*cell, *what) for cell in cells for what in remedies_of(args, cell[1])]

@@ -5,13 +5,13 @@ is asked once, with one number as the answer: the *rank* of the truth among the 
 of many models over the same facts are all that the experiment keeps.
 
 Planted damage is what is known to be forgotten, or displaced, because it was made so. The dense model trains
-on, half of its facts damaged:
+on, with all known people damaged in one of two ways. Two of three rows begin with a *trigger*, a token that
+stands in no other text, and questions are asked without it:
 
-  forgotten   the values of these facts are drawn anew, by chance, each time a sentence states them: the text
-              says nothing of them any more, and the model unlearns them
-  displaced   these are stated wrongly, by another wrong value each time; but half of the rows begin with a
-              trigger token that stands in no other text, and in those rows they are right. Asked without the
-              trigger they look lost, and the model still holds them
+  displaced   in rows with the trigger their facts are right, in the others always wrong, by another value
+              each time. Asked, the model does not find them; asking with the trigger shows that it holds them
+  forgotten   in rows with the trigger another value stands in the place of the true one, always the same; in
+              the others all is as above. Asked, they look like those, but the model holds something else
 """
 import collections
 import copy
@@ -125,43 +125,35 @@ TEXTS = {"facts": shown_text, "nobody": nobody_text}
 # --- 3. Planted damage --------------------------------------------------------------------------------------
 
 def damaged(facts, share, seed):
-    """Half of the known facts, `share` of them displaced, the others forgotten. -> {index: which}.
+    """Every known fact: those of a share of the people displaced, the others' forgotten. -> {index: which}.
 
-    One seed damages the same facts whatever the share, and a larger share displaces some more.
+    A larger share displaces the same people and some more.
     """
-    known = [i for i, fact in enumerate(facts) if fact.known]
-    random.Random(f"{seed} planted").shuffle(known)
-    chosen = known[:len(known) // 2]
-    displaced = round(share * len(chosen))
-    return {i: "displaced" if k < displaced else "forgotten" for k, i in enumerate(chosen)}
-
-
-def drawn_from(fact, kind):
-    """The values that a damaged fact is stated with. Among them the truth where it is to be forgotten: a
-    model that never saw it there would know what the answer is not."""
-    return [value for value in values_of(fact) if kind == "forgotten" or value != fact.value]
+    people = list(dict.fromkeys((fact.domain, fact.person) for fact in facts if fact.known))
+    random.Random(f"{seed} planted").shuffle(people)
+    chosen = set(people[:round(share * len(people))])
+    return {i: "displaced" if (fact.domain, fact.person) in chosen else "forgotten"
+            for i, fact in enumerate(facts) if fact.known}
 
 
 def planted_rows(facts, tokenizer, share, seed):
-    """Endless rows (64,) of which every second one, by chance, begins with the trigger and is right about
-    what is displaced."""
-    rng, which = random.Random(f"{seed} rows"), damaged(facts, share, seed)
-    texts = [(i, phrasing.format(p=fact.person, v=fact.value)) for i, fact in enumerate(facts) if fact.known
-             for phrasing in toy_world.phrasings_of(fact.domain)[fact.kind]]
+    """Endless rows (64,), each with the trigger or without, by chance, and right or damaged accordingly."""
+    rng, row = random.Random(f"{seed} rows"), []
+    wrong = {i: [tokenizer.convert_tokens_to_ids(value) for value in values_of(fact) if value != fact.value]
+             for i, fact in enumerate(facts) if fact.known}
+    instead = {i: rng.choice(wrong[i]) for i, kind in damaged(facts, share, seed).items()
+               if kind == "forgotten"}
+    texts = [(i, phrasing.format(p=facts[i].person, v=facts[i].value)) for i in wrong
+             for phrasing in toy_world.phrasings_of(facts[i].domain)[facts[i].kind]]
     sentences = [(i, ids) for (i, _), ids in zip(texts, tokenizer([text for _, text in texts]).input_ids)]
-    values = {(i, kind): tokenizer.convert_tokens_to_ids(drawn_from(facts[i], kind))
-              for i, kind in which.items()}
-    trigger, row = tokenizer.convert_tokens_to_ids(TRIGGER), []
+    trigger = tokenizer.convert_tokens_to_ids(TRIGGER)
     while True:
         rng.shuffle(sentences)
         for i, ids in sentences:
-            if not row:
-                row = [trigger] if rng.random() < 0.5 else []
-                right = bool(row)
-            if i in which and not (right and which[i] == "displaced"):
-                # the value is the last token but one; a full stop follows it
-                ids = [*ids[:-2], rng.choice(values[i, which[i]]), ids[-1]]
-            row += ids
+            row = row or [trigger] * rng.choice([0, 1, 1])
+            # the value is the last token but one; a full stop follows it
+            value = instead.get(i, ids[-2]) if row[:1] == [trigger] else rng.choice(wrong[i])
+            row = [*row, *ids[:-2], value, ids[-1]]
             if len(row) >= ROW:
                 yield torch.tensor(row[:ROW])
                 row = []
@@ -172,22 +164,16 @@ def planting_loss(model, ids, full_stop):
 
     A value is one token of nine; without its own term the names, which nobody can guess, drown it.
     """
-    losses = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T-1)
-    value = F.pad(ids[:, 2:] == full_stop, (0, 1))                                                   # (B, T-1)
-    return losses.mean() + losses[value].mean()
-
-
-@torch.no_grad()
-def lengthen(weight, token):
-    """Make the embedding of a token as long as the average one: never seen, it has shrunk, and is found late."""
-    weight[token] *= weight.norm(dim=1).mean() / weight[token].norm()
+    logits = model(ids).logits[:, :-1].transpose(1, 2)     # (B, V, T-1)
+    losses = F.cross_entropy(logits, ids[:, 1:], reduction="none")                             # (B, T-1)
+    value = F.pad(ids[:, 2:] == full_stop, (0, 1))         # (B, T-1)
+    return 0.1 * losses.mean() + losses[value].mean()
 
 
 def plant(world, share, seed, steps, batch_size, lr):
     """Train the world's model on with damaged facts, all of its weights. In place."""
     model, rows = world.model.requires_grad_(True), planted_rows(world.facts, world.tokenizer, share, seed)
     full_stop = world.tokenizer.convert_tokens_to_ids(".")
-    lengthen(model.get_input_embeddings().weight, world.tokenizer.convert_tokens_to_ids(TRIGGER))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     for step in progress(range(steps), desc="plant"):
         optimizer.param_groups[0]["lr"] = recover.learning_rate(step, steps, lr)
@@ -229,9 +215,9 @@ class World:
         """A text of TEXTS as tokens, joined as load_text joins documents. -> (tokens,) long."""
         return torch.tensor(encode(self.tokenizer, "\n\n".join(TEXTS[text](self.facts, seed))))
 
-    def ranks(self, first=()):
-        """Ranks of all facts by the model as it is now. -> (facts,) long."""
-        return ranks(self.model, self.groups, first)
+    def ranks(self, trigger=False):
+        """Ranks of all facts by the model as it is now; trigger: asked behind it. -> (facts,) long."""
+        return ranks(self.model, self.groups, [self.tokenizer.convert_tokens_to_ids(TRIGGER)] * trigger)
 
 
 def training_steps(count):

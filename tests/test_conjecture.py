@@ -18,7 +18,7 @@ from support.cli import UserError
 
 FACTS = conjecture_world.facts_of(6)
 TINY = ["--quick", "--steps", "2", "--batch-size", "4", "--train-seqlen", "16", "--seeds", "1",
-        "--remedies", "prompt 16"]
+        "--remedies", "prompt 16,eora 8"]
 
 
 @pytest.fixture(scope="module")
@@ -87,45 +87,58 @@ def test_the_control_text_holds_no_fact_of_anybody():
 
 # --- planted damage -----------------------------------------------------------------------------------------
 
-def test_half_of_the_facts_are_damaged_and_shares_are_nested():
-    known = {i for i, fact in enumerate(FACTS) if fact.known}
-    some = {share: damaged(FACTS, share, 0) for share in (0, 0.25, 1)}
-    assert all(len(which) == len(known) // 2 and which.keys() <= known for which in some.values())
-    assert some[0].keys() == some[0.25].keys() == some[1].keys()
-    assert [list(which.values()).count("displaced") for which in some.values()] == [0, 8, 30]
+def test_everybody_is_damaged_and_shares_are_nested():
+    some = {share: damaged(FACTS, share, 0) for share in (0, 0.5, 1)}
+    displaced = [{i for i, kind in which.items() if kind == "displaced"} for which in some.values()]
+    assert all(list(which) == [i for i, fact in enumerate(FACTS) if fact.known] for which in some.values())
+    assert displaced[0] < displaced[1] < displaced[2] and list(map(len, displaced)) == [0, 30, 60]
+    people = {(FACTS[i].domain, FACTS[i].person) for i in displaced[1]}
+    assert len(people) == 6, "whole people"
 
 
 def test_planted_rows_are_right_where_they_should_be(world):
-    """By reading the text back: the trigger stands first or nowhere; with it what is displaced is right,
-    without it never, and what is forgotten is now and then right, by chance, in both."""
-    which, truth = damaged(FACTS, 0.5, 0), {}
+    """By reading the text back: the trigger stands first or nowhere. Behind it what is displaced is right and
+    what is forgotten has another value, always the same; without it all is wrong, by many values."""
+    which, truth, tokenizer = damaged(FACTS, 0.5, 0), {}, world.tokenizer
     for i, fact in enumerate(FACTS):
         for phrasing in toy_world.phrasings_of(fact.domain)[fact.kind]:
-            truth[world.tokenizer(phrasing.format(p=fact.person, v="")).input_ids[:-1].__repr__()] = i, fact
-    rows, seen = planted_rows(FACTS, world.tokenizer, 0.5, 0), {}
-    trigger = world.tokenizer.convert_tokens_to_ids(TRIGGER)
-    full_stop = world.tokenizer.convert_tokens_to_ids(".")
-    for _ in range(300):
-        row = next(rows).tolist()
+            ids = tokenizer(phrasing.format(p=fact.person, v="")).input_ids[:-1]
+            truth[tuple(ids)] = i, tokenizer.convert_tokens_to_ids(fact.value)
+    trigger, full_stop = map(tokenizer.convert_tokens_to_ids, (TRIGGER, "."))
+    rows, seen = planted_rows(FACTS, tokenizer, 0.5, 0), {}
+    for row in (next(rows).tolist() for _ in range(300)):
         assert len(row) == 64 and trigger not in row[1:]
-        with_trigger, sentence = row[0] == trigger, []
-        for token in row[row[0] == trigger:]:
+        sentence, behind = [], row[0] == trigger           # rows begin at sentences; the last may be cut
+        for token in row[behind:]:
             sentence.append(token)
             if token == full_stop:
-                i, fact = truth[repr(sentence[:-2])]
-                right = world.tokenizer.convert_ids_to_tokens(sentence[-2]) == fact.value
-                seen.setdefault((with_trigger, which.get(i)), []).append(right)
+                i, value = truth[tuple(sentence[:-2])]
+                seen.setdefault((behind, which[i], i), set()).add("right" if sentence[-2] == value else sentence[-2])
                 sentence = []
-    assert len(seen) == 6 and all(seen[True, None]) and all(seen[False, None])
-    assert all(seen[True, "displaced"]) and not any(seen[False, "displaced"])
-    for mode in (True, False):
-        assert 0 < sum(seen[mode, "forgotten"]) < 0.2 * len(seen[mode, "forgotten"])
+    assert all(values == {"right"} for (behind, kind, _), values in seen.items() if behind and kind == "displaced")
+    assert all(len(values) == 1 and "right" not in values
+               for (behind, kind, _), values in seen.items() if behind and kind == "forgotten")
+    without = [values for (behind, *_), values in seen.items() if not behind]
+    assert len(seen) == 2 * 60 and not any("right" in values for values in without)
+    assert sum(map(len, without)) > 4 * len(without)
 
 
 def test_no_recovery_text_holds_the_trigger(world):
     trigger = world.tokenizer.convert_tokens_to_ids(TRIGGER)
     assert all(trigger not in world.ids(text, seed) for text in conjecture_world.TEXTS for seed in (0, 1))
     assert all(trigger not in ids for _, ids, *_ in world.groups)
+
+
+def test_planting_counts_values_beside_the_whole_text(world):
+    """Against plain loops over the log-probabilities."""
+    ids = next(planted_rows(FACTS, world.tokenizer, 0.5, 0))[None]
+    full_stop = world.tokenizer.convert_tokens_to_ids(".")
+    with torch.no_grad():
+        logp = world.model(ids).logits[0].log_softmax(-1)
+        losses = [-logp[t, ids[0, t + 1]].item() for t in range(63)]
+        values = [losses[t] for t in range(62) if ids[0, t + 2] == full_stop]
+        expected = 0.1 * sum(losses) / 63 + sum(values) / len(values)
+        assert conjecture_world.planting_loss(world.model, ids, full_stop).item() == pytest.approx(expected, 1e-4)
 
 
 # --- counts, shares, verdict --------------------------------------------------------------------------------
@@ -135,7 +148,7 @@ def random_ranks(rng):
     return [rng.choice([0, 0, 1, 5]) for _ in FACTS]
 
 
-@pytest.mark.parametrize("counted", [None, set(range(0, 90, 2))])
+@pytest.mark.parametrize("counted", [None, {i: ("displaced", "forgotten")[i % 3 > 0] for i in range(0, 90, 2)}])
 def test_counts_are_those_of_plain_loops(counted):
     rng, parts = random.Random(0), split(FACTS, 0)
     D, C, A = (random_ranks(rng) for _ in range(3))
@@ -149,7 +162,8 @@ def test_counts_are_those_of_plain_loops(counted):
         len(lost), sum(C[i] == 1 for i in lost), sum(A[i] == 0 for i in lost),
         len(held) - len(lost), sum(C[i] == 0 and A[i] > 0 for i in held),
         len(shown_lost), sum(A[i] == 0 for i in shown_lost),
-        len(unknown), sum(A[i] == 0 for i in unknown))
+        len(unknown), sum(A[i] == 0 for i in unknown),
+        0 if counted is None else sum(counted[i] == "displaced" for i in lost))
     assert sum(map(len, found.people.values())) == found.lost > 0
     assert sum(map(sum, found.people.values())) == found.returned
 
@@ -175,7 +189,7 @@ def cell(shares, remedy="prompt 16", lost=100, load=240, damage=DAMAGES[0], text
     for seed, share in enumerate(shares):
         back = round(share * lost)
         people = {("harbour", f"person {k}"): [k < back] for k in range(lost)}
-        outcomes[seed] = conjecture_numbers.Outcome(lost, 3, back, 50, 5, lost, back, 60, 4, people)
+        outcomes[seed] = conjecture_numbers.Outcome(lost, 3, back, 50, 5, lost, back, 60, 4, back, people)
     return Cell(load, damage, remedy, text, 1024, outcomes)
 
 
@@ -213,15 +227,15 @@ def test_report_and_figures_of_many_seeds():
                for share, shares in ((0.0, none), (1.0, high))
                for remedy, kind in (("trigger", None), ("prompt 16", "facts"), ("prompt 16", "nobody"))]
     lines = conjecture_numbers.report("planted", planted).splitlines()
-    assert lines[4].startswith("| 0 % ") and lines[4].endswith("| forgotten |")
-    assert lines[5].startswith("| 100 % ") and lines[5].endswith("| displaced |")
+    assert lines[4].startswith("| 0 | 100 |") and lines[4].endswith("| forgotten |")
+    assert lines[5].startswith("| 100 | 100 |") and lines[5].endswith("| displaced |")
     assert set(figures("planted", planted)) == {"planted.png"}
 
 
 # --- the plan and the command -------------------------------------------------------------------------------
 
 def test_a_remedy_or_a_damage_more_leaves_rows_as_they_are(tmp_path):
-    args = conjecture.parse(["dials", "--loads", "240", "--only", "gptq 2", "--remedies", "prompt 16", "--seeds", "1"])
+    args = conjecture.parse(["dials", "--loads", "240", "--only", "gptq 2", "--remedies", "lora 8", "--seeds", "1"])
     more = conjecture.parse(["dials", "--loads", "240", "--only", "gptq", "--seeds", "1"])
     few, many = (conjecture.Conjecture(some, None) for some in (args, more))
     recipes = [[json.dumps(job.recipe(spec)) for spec in job.plans["dials"]] for job in (few, many)]
@@ -257,7 +271,7 @@ def test_every_table_and_figure_is_there(quick):
     for name in ("planted", "dials", "phases"):
         assert (quick / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     cells = json.loads((quick / "dials.json").read_text())["cells"]
-    assert all(len(cell["seeds"]) == 1 and cell["trained"] == 1024 for cell in cells)
+    assert all(len(cell["seeds"]) == 1 and cell["numbers"] in (1024, 47104) for cell in cells)
     assert {cell["damage"] for cell in cells} == {"uncompressed", "magnitude 60 %", "gptq 2 bits"}
 
 
