@@ -78,7 +78,7 @@ class Conjecture:
             say("world", f"training the model of {load} people per domain; minutes")
             train_world(load, self.out)
         world = load_world(str(folder), load)
-        self.store.put("world", {"load": load}, {"weights": world.digest})   # by its rows --out is known as ours
+        self.store.put("world", {"load": load}, {"weights": world.digest})  # now --out is known as ours
         return world
 
     def recipe(self, spec):

@@ -88,8 +88,8 @@ def curves(cells):
         ax.set_title(f"{load} people per domain", fontsize=10)
         ax.set_xlabel("damage (facts lost, %)")
         ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=8)
+    if axes[-1].get_legend_handles_labels()[0]:
+        axes[-1].legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("lost held-out facts that come back, %")
     fig.tight_layout()
     return fig
@@ -99,7 +99,7 @@ def phases(cells):
     """Load x damage, coloured by what the best remedy brings back and marked by which it is."""
     groups, loads = by_damage(cells), list(dict.fromkeys(cell.load for cell in cells))
     names = list(dict.fromkeys(name for (_, name), some in groups.items() if some[0].damage))
-    fig, (ax, *_) = canvas(1, 1.6 + 1.5 * len(loads), 1.2 + 0.38 * len(names))
+    fig, (ax, *_) = canvas(1, 2.8 + 1.6 * len(loads), 1.4 + 0.45 * len(names))
     winners = {key: one for key, some in groups.items() if (one := best(some))}
     mean = lambda one: 100 * statistics.fmean(returned(one)) if one else float("nan")
     shares = [[mean(winners.get((load, name))) for load in loads] for name in names]
@@ -112,8 +112,8 @@ def phases(cells):
                 ax.text(x, y, words, ha="center", va="center", fontsize=8, color="0.5")
                 continue
             color = "white" if shares[y][x] < 55 else "black"
-            ax.plot(x - 0.34, y, color=color, marker=LOOKS[one.remedy][2], markersize=6)
-            ax.text(x - 0.2, y, f"{shares[y][x]:.0f} %, {verdict_of(groups[load, name])}", va="center",
+            ax.plot(x - 0.38, y, color=color, marker=LOOKS[one.remedy][2], markersize=6)
+            ax.text(x - 0.3, y, f"{shares[y][x]:.0f} %\n{verdict_of(groups[load, name])}", va="center",
                     fontsize=7, color=color)
     for remedy in dict.fromkeys(one.remedy for one in winners.values()):
         ax.plot([], [], color="0.3", linestyle="none", marker=LOOKS[remedy][2], label=remedy)

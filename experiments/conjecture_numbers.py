@@ -7,7 +7,7 @@ damaged one, A the one after a remedy.
 import collections
 import statistics
 
-from experiments.conjecture_plan import PAIRS, damage_name, is_planted
+from experiments.conjecture_plan import PAIRS, damage_name, is_evidence, is_planted
 from experiments.conjecture_world import CHANCE
 from support.tables import markdown
 from support.uncertainty import mean_ci95, sign_flip, together
@@ -17,8 +17,8 @@ DISPLACED, FORGOTTEN = 0.5, 0.2
 
 # held out: lost (right in D, wrong in C), second (of these the truth is C's second choice), returned (of
 # these right in A), kept (right in D and C), newly_lost (of these wrong in A). shown_*: the shown half.
-# unknown, guessed: questions about unknown people, right in A. planted: of the lost, those that were displaced
-# on purpose. people: {person: [returned?]} of the lost.
+# unknown, guessed: questions about unknown people, right in A. planted: of the lost, those that are displaced
+# by construction. people: {person: [returned?]} of the lost.
 Outcome = collections.namedtuple("Outcome", "lost second returned kept newly_lost shown_lost shown_returned "
                                             "unknown guessed planted people")
 # one load, damage, remedy and text; size: numbers of the remedy; outcomes: {seed: Outcome}
@@ -75,8 +75,8 @@ def verdict(intervals):
     """What one may say of lost facts, from the intervals of their returned shares under several remedies.
 
     THE RULE. *displaced*: under some remedy the interval lies above 50 %. *forgotten*: under every remedy it
-    lies below 20 %. Otherwise *cannot be told*: a part of the facts is there, or the seeds differ too much.
-    The text is not asked for: what returns by a text without facts was there all the more. "Forgotten" is
+    lies below 20 %. *mixed*: under some remedy it lies above 20 %, so that a part at least was displaced.
+    Otherwise it *cannot be told*: one seed, or seeds that differ too much. The text is not asked for: what returns by a text without facts was there all the more. "Forgotten" is
     relative to the remedies that were tried; "displaced" is not, as no text said the held-out facts again.
     intervals: [low, high] each, or None from one seed.
     """
@@ -85,20 +85,24 @@ def verdict(intervals):
         return "displaced"
     if known and len(known) == len(intervals) and all(high < FORGOTTEN for _, high in known):
         return "forgotten"
-    return "cannot be told"
+    return "mixed" if any(low > FORGOTTEN for low, _ in known) else "cannot be told"
 
 
 def verdict_of(cells):
-    """The verdict on one load and damage, from all its remedies on both texts; "nothing lost" as a case."""
-    shares = [returned(cell) for cell in cells if cell.remedy != "trigger"]
+    """The verdict on one load and damage, from all its remedies that are evidence, on both texts; "nothing
+    lost" as a case.
+    """
+    shares = [returned(cell) for cell in cells if is_evidence(cell.remedy)]
     if None in shares:
         return "nothing lost"
     return verdict([mean_ci95(values) for values in shares])
 
 
 def best(cells):
-    """The remedy, trained on facts, that brings most back. -> Cell, or None when nothing was lost."""
-    some = [cell for cell in cells if cell.text == "facts" and returned(cell) is not None]
+    """The remedy, trained on facts, that brings most back, of those that are evidence. -> Cell, or None when
+    nothing was lost.
+    """
+    some = [cell for cell in cells if cell.text == "facts" and is_evidence(cell.remedy) and returned(cell)]
     return max(some, key=lambda cell: statistics.fmean(returned(cell)), default=None)
 
 
@@ -206,7 +210,7 @@ def planted_table(cells):
 def dial_table(cells, load):
     """One load: a line a damage that lost enough, and the verdict. -> Markdown."""
     head = ["damage", "lost", "second", "best remedy", "comes back", "its control text", "shown half",
-            "newly lost", "at least", "verdict"]
+            "newly lost", "at least", "eora 8", "verdict"]
     rows, none = [], []
     for (own, name), some in by_damage(cells).items():
         if own != load or some[0].damage is None:
@@ -216,13 +220,14 @@ def dial_table(cells, load):
             none.append(name)
             continue
         control = find(some, one.remedy, "nobody")
-        ends = [mean_ci95(returned(cell)) for cell in some]
+        ends = [mean_ci95(returned(cell)) for cell in some if is_evidence(cell.remedy)]
+        eora = find(some, "eora 8")
         low = [max(0, end[0]) for end in ends if end]
         rows.append([name, percent(lost_share(one)), percent(each_seed(one, "second", "lost")), one.remedy,
                      percent(returned(one)), percent(control and returned(control)),
                      percent([corrected(value) for value in each_seed(one, "shown_returned", "shown_lost")]),
                      percent(each_seed(one, "newly_lost", "kept")), f"{100 * max(low):.0f}" if low else "-",
-                     verdict_of(some)])
+                     percent(eora and returned(eora)), verdict_of(some)])
     rest = f"\n\nNothing lost (fewer than {ENOUGH} facts in some seed): {', '.join(none)}." if none else ""
     return markdown(head, rows) + rest
 

@@ -48,6 +48,13 @@ def is_planted(damage):
     return damage is not None and damage[0] == "planted"
 
 
+def is_evidence(remedy):
+    """Does what comes back under it show what the damaged model holds? Not of a remedy that is computed from
+    the dense weights, which know all facts; nor of the trigger, which no remedy has.
+    """
+    return remedy in REMEDIES and REMEDIES[remedy].rate is not None
+
+
 def damage_name(damage):
     """('gptq', {"bits": 3, ...}) -> 'gptq 3 bits'."""
     if damage is None:

@@ -178,7 +178,7 @@ def test_guess_correction():
 @pytest.mark.parametrize("intervals, expected", [
     ([[0.51, 0.9]], "displaced"), ([[-0.1, 0.1], [0.6, 0.7]], "displaced"),
     ([[-0.1, 0.19], [0.0, 0.1]], "forgotten"), ([[-0.1, 0.1], [0.1, 0.3]], "cannot be told"),
-    ([[0.4, 0.9]], "cannot be told"), ([[-0.1, 0.1], None], "cannot be told"), ([None], "cannot be told")])
+    ([[0.4, 0.9]], "mixed"), ([[0.1, 0.9]], "cannot be told"), ([[-0.1, 0.1], None], "cannot be told"), ([None], "cannot be told")])
 def test_the_verdict_can_come_out_either_way(intervals, expected):
     assert verdict(intervals) == expected
 
@@ -199,6 +199,7 @@ def test_the_verdict_on_cells():
     assert verdict_of([cell(none), cell(none, "lora 8"), cell(none, text="nobody")]) == "forgotten"
     assert verdict_of([cell(none), cell([0.1, 0.6], "lora 8")]) == "cannot be told"
     assert verdict_of([cell(none), cell(high, "trigger", text=None)]) == "forgotten", "no remedy has the trigger"
+    assert verdict_of([cell(none), cell(high, "eora 8")]) == "forgotten", "it is made of the dense weights"
     few = cell(high, lost=conjecture_numbers.ENOUGH - 1)
     assert verdict_of([few]) == "nothing lost" and returned(few) is None
 
