@@ -76,8 +76,9 @@ def verdict(intervals):
 
     THE RULE. *displaced*: under some remedy the interval lies above 50 %. *forgotten*: under every remedy it
     lies below 20 %. *mixed*: under some remedy it lies above 20 %, so that a part at least was displaced.
-    Otherwise it *cannot be told*: one seed, or seeds that differ too much. The text is not asked for: what returns by a text without facts was there all the more. "Forgotten" is
-    relative to the remedies that were tried; "displaced" is not, as no text said the held-out facts again.
+    Otherwise it *cannot be told*: one seed, or seeds that differ too much. The text is not asked for: what
+    returns by a text without facts was there all the more. "Forgotten" is relative to the remedies that were
+    tried; "displaced" is not, as no text said the held-out facts again.
     intervals: [low, high] each, or None from one seed.
     """
     known = [ci95 for ci95 in intervals if ci95 is not None]

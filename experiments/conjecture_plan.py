@@ -83,15 +83,14 @@ def compressions(args):
 
 
 def plan(args, name):
-    """Specs of one experiment, in an order in which a run that is cut off leaves a balanced part: whole
-    seeds of the dials; of planted damage both ends first.
+    """Specs of one experiment. A run that is cut off leaves whole seeds of the dials, or whole shares of
+    planted damage, both ends first.
     """
     seeds = range(args.seed, args.seed + args.seeds)
     if name == "planted":
         loads, shares = [PEOPLE], QUICK_SHARES if args.quick else SHARES
-        damages = [("planted", {"share": share, **PLANTING}) for share in shares]
-        cells = [(PEOPLE, damage, seed) for k in (slice(2), slice(2, None)) for seed in seeds
-                 for damage in damages[k]]
+        cells = [(PEOPLE, ("planted", {"share": share, **PLANTING}), seed)
+                 for share in shares for seed in seeds]
     else:
         loads, damages = args.loads, compressions(args)
         cells = [(load, damage, seed) for seed in seeds for damage in damages for load in loads]
