@@ -35,7 +35,7 @@ PLANTED = ("prompt 16", "prefix 16", "lora 8")             # these are tried on 
 PAIRS = (("prompt 16", "lora 8"), ("prompt 16", "prefix 16"), ("prompt 16", "idp 8+16"),
          ("lora 1", "lora 8"), ("eora 8", "lora 8"), ("prompt 16", "prompt 16 distilled"),
          ("lora 8", "lora 8 distilled"))
-QUICK = {"loads": [PEOPLE], "only": "magnitude 60;gptq 2", "seeds": 2, "steps": 30,
+QUICK = {"loads": [PEOPLE], "only": "uncompressed;magnitude 60;gptq 2", "seeds": 2, "steps": 30,
          "remedies": ["prompt 16", "lora 8"]}
 QUICK_SHARES = (1.0, 0.0)
 
@@ -74,12 +74,12 @@ def remedies_of(args, damage):
 
 
 def compressions(args):
-    """The dial of damage: none first, then what --only names. Raises UserError when that is nothing."""
+    """The dial of damage, from none on: what --only names. Raises UserError when that is nothing."""
     wanted = [""] if args.only is None else args.only.split(";")
-    chosen = [damage for damage in DAMAGES if any(text in damage_name(damage) for text in wanted)]
+    chosen = [damage for damage in (None, *DAMAGES) if any(text in damage_name(damage) for text in wanted)]
     if not chosen:
         raise UserError(f"--only {args.only}: names no row; use for example 'gptq 3;60 %'")
-    return [None, *chosen]
+    return chosen
 
 
 def plan(args, name):
