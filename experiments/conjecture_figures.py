@@ -46,7 +46,7 @@ def calibration(cells):
     fig, axes = canvas(1, 6, 4.6)
     ax, groups = axes[0], sorted(by_damage(cells).values(), key=lambda some: some[0].damage[1]["share"])
     ax.plot([0, 100], [0, 100], color="0.6", linewidth=0.8)
-    ax.text(52, 46, "reported = planted", color="0.4", fontsize=8, rotation=35)
+    ax.text(24, 30, "reported = planted", color="0.4", fontsize=8, rotation=35)
     for k, remedy in enumerate(LOOKS):
         for text, look in (("facts", {}), ("nobody", {"linestyle": "none", "markerfacecolor": "white",
                                                       "label": f"{remedy}, control text"})):
