@@ -122,7 +122,7 @@ def phases(cells):
     if winners:
         ax.legend(title="best remedy", frameon=False, fontsize=8, ncol=3, loc="lower center",
                   bbox_to_anchor=(0.5, 1))
-    fig.colorbar(image, ax=ax, label="comes back by the best remedy, %")
+    fig.colorbar(image, ax=ax, label="comes back, %")
     fig.tight_layout()
     return fig
 
