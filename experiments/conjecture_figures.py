@@ -6,21 +6,20 @@ import statistics
 
 from experiments.conjecture_numbers import (
     DISPLACED, FORGOTTEN, best, by_damage, find, lost_share, planted_share, returned, verdict_of)
-from experiments.patterns import STYLES
+from experiments.style import STYLES, pyplot
 from support.uncertainty import mean_ci95
 
 LOOKS = {  # remedy -> (colour, line style, marker): a method keeps its colour at every size
-    "prompt 16": STYLES[2], "prefix 16": STYLES[3], "idp 8+16": STYLES[4], "lora 8": STYLES[1],
-    "lora 1": ("#777777", (0, (3, 1, 1, 1)), "v"), "eora 8": STYLES[5],
-    "prompt 16 distilled": (STYLES[2][0], (0, (1, 1)), "X"), "lora 8 distilled": ("black", (0, (5, 1)), "P"),
+    "prompt 16": STYLES["prompt"], "prefix 16": STYLES["prefix"], "idp 8+16": STYLES["idp"],
+    "lora 8": STYLES["lora"], "eora 8": STYLES["eora"], "lora 1": (STYLES["lora"][0], "-", "<"),
+    "prompt 16 distilled": (STYLES["prompt"][0], (0, (1, 1)), "X"),
+    "lora 8 distilled": (STYLES["lora"][0], (0, (3, 1, 1, 1)), "P"),
 }
 
 
 def canvas(panels, width, height):
     """A figure with panels side by side. -> (figure, axes)."""
-    import matplotlib                                      # only figures need it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False, sharey=True)
     plt.close(fig)
     return fig, axes[0]
