@@ -2,7 +2,7 @@
 
 Paper: "Do Compressed LLMs Forget Knowledge?", arXiv 2310.00867. H0: compression erases knowledge. H1: it
 displaces it: the knowledge is there and is only not found, so a remedy that is trained on other facts should
-bring it back [§1]. The paper's evidence is accuracy, and the cosines of Fig. 6. Here each fact is followed,
+bring it back. The paper's evidence is accuracy, and the cosines of Fig. 6. Here each fact is followed,
 in worlds of which every fact is known:
 
     python -m experiments.conjecture planted --out runs/conjecture    # is the instrument true?

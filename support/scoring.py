@@ -41,7 +41,8 @@ def encode_pair(tokenizer, context, continuation, limit):
         raise UserError(f"--tasks: {continuation!r} after {context[-30:]!r} has no tokens, and nothing would "
                         "always be likeliest; give every choice a text")
     if len(right) > limit:
-        raise UserError(f"--tasks: {continuation[:30]!r} has {len(right)} tokens, over {limit}; shorten it")
+        raise UserError(f"--tasks: {continuation[:30]!r} has {len(right)} tokens, and the model reads "
+                        f"{limit}; shorten it")
     return left[-(limit - len(right) + 1):], right
 
 

@@ -37,7 +37,7 @@ def commands():
     """Every command of ours in the documents. -> [(doc, module, flags)]; pytest is not ours."""
     found = [(doc, match) for doc in DOCS for line in command_lines(doc) if (match := COMMAND.search(line))]
     found = [(doc, match[1] or match[2], match[3]) for doc, match in found]
-    return [entry for entry in found if entry[1] not in ("pytest", "experiments.NAME")]
+    return [entry for entry in found if entry[1] not in ("pytest", "experiments.NAME", "assignments.grade")]
 
 
 def names_in(path):

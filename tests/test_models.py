@@ -311,7 +311,7 @@ BROKEN = {  # name -> (damage, words of the message)
     "compression: 99 bits": (report(settings={"bits": 99}), "bits"),
     "compression: a switch is a text": (report(settings={"sym": "yes"}), "sym"),
     "compression: a setting is a list": (report(settings={"bits": [3]}), "bits"),
-    "compression: lost": (content("compression.grids", b""), "no compression.json"),
+    "compression: lost": (content("compression.grids", b""), "lost the compression.json"),
 }
 
 
