@@ -55,7 +55,7 @@ def grade(name, path, seconds):
     with tempfile.TemporaryDirectory() as folder:
         xml = pathlib.Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}",
-                   str(HERE / name), "--submission", str(path)]
+                   str(HERE / name), f"--submission={path}"]
         process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
@@ -82,6 +82,8 @@ def parse(argv=None):
     if args.submission is None or args.out is None:
         raise UserError("--submission DIR and --out report.json: both are needed")
     args.seconds = 600 if args.seconds is None else args.seconds
+    if args.seconds < 1:
+        raise UserError(f"--seconds {args.seconds}: must be at least 1; use for example 600")
     args.submission = user_path(args.submission, "--submission")
     if not args.submission.is_dir():
         raise UserError(f"--submission {args.submission}: no such folder; give one that holds rtn.py and "

@@ -218,6 +218,9 @@ def parse(argv=None):
     args.given.remove("name")
     if args.name == "planted":
         refuse_given(args, ["loads", "only"], "planted takes no such flag; leave it out")
+        if not set(args.remedies) & set(conjecture_plan.PLANTED):
+            raise UserError(f"--remedies {','.join(args.remedies)}: planted tries only "
+                            f"{', '.join(conjecture_plan.PLANTED)}; name some of these")
     for name, value in QUICK.items() if args.quick else ():
         if name not in args.given:
             setattr(args, name, value)

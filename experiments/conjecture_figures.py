@@ -107,7 +107,9 @@ def phases(cells):
         for x, load in enumerate(loads):
             one = winners.get((load, name))
             if one is None:
-                words = "nothing lost" if (load, name) in groups else "not run"
+                some = groups.get((load, name))
+                lost = some and any(returned(cell) is None for cell in some)
+                words = "not run" if some is None else "nothing lost" if lost else "no trained remedy"
                 ax.text(x, y, words, ha="center", va="center", fontsize=8, color="0.5")
                 continue
             color = "white" if shares[y][x] < 55 else "black"
@@ -130,4 +132,7 @@ def figures(name, cells):
     """{file: matplotlib figure} of an experiment."""
     if name == "planted":
         return {"planted.png": calibration(cells)}
-    return {"dials.png": curves(cells), "phases.png": phases(cells)}
+    drawn = {"dials.png": curves(cells)}
+    if any(cell.damage for cell in cells):
+        drawn["phases.png"] = phases(cells)
+    return drawn

@@ -218,7 +218,8 @@ def dial_table(cells, load):
             continue
         one = best(some)
         if one is None:
-            none.append(name)
+            if any(returned(cell) is None for cell in some):
+                none.append(name)
             continue
         control = find(some, one.remedy, "nobody")
         ends = [mean_ci95(returned(cell)) for cell in some if is_evidence(cell.remedy)]

@@ -28,7 +28,7 @@ import evaluate
 import recover
 from experiments.patterns import weights_on_cpu
 from experiments.sweep import RowStore, describe
-from methods.registry import METHODS
+from methods.registry import COMPRESSORS, METHODS
 from support.architectures import device_name, versions
 from support.cli import UserError, parse_flags, run, say
 from support.output import claim
@@ -59,13 +59,16 @@ class Flips(recover.Run):
     def __init__(self, args, out):
         super().__init__(args)
         compress.refuse_compressed(self.model, args.model)
-        self.store, self.plan = RowStore(out), plan(args.method, args.seed)
+        self.store, known = RowStore(out), plan(args.method, args.seed)
+        # threads of the CPU change nothing in a compression on a GPU
+        self.plan = [model for model in known if not model.other or self.device.type == "cpu"]
         self.dense = weights_on_cpu(self.model)
         self.teacher = copy.deepcopy(self.model) if args.loss == "distill" else None
         free = ("method", "out", "given", "shard")         # which rows there are, not what is in them
         deciding = {key: value for key, value in vars(args).items() if key not in free}
         self.recipe = {**deciding, "train": digest(self.train_ids), "eval": digest(self.eval_ids),
-                       "tasks": digest(self.tasks), "columns": self.columns, "base": recipe_of(self.model)}
+                       "tasks": digest(self.tasks), "columns": self.columns, "base": recipe_of(self.model),
+                       "machine": device_name(self.device)}
 
     def row(self, model):
         """A row that is there, or None."""
@@ -211,6 +214,9 @@ def parse(argv=None):
     recover.check_job(args)
     if not hasattr(args, "compression"):
         raise UserError(f"--model {args.model}: is compressed already; give the dense model, which can lose")
+    if not COMPRESSORS[args.compressor].takes_H:
+        raise UserError(f"--compressor {args.compressor}: reads no calibration text, so another sample is "
+                        "the same model and no noise floor; use gptq or sparsegpt")
     if not args.tasks:
         raise UserError("--tasks: missing; name tasks or FILE.jsonl, whose answers can be lost")
     if args.shard and args.out is None:

@@ -60,7 +60,7 @@ class Toy(recover.Run):
     questions of each task and chunks of text."""
 
     def __init__(self, args):
-        flags = ["--method", ",".join(REMEDIES), "--tasks", "toy_recall,toy_shown"]
+        flags = ["--device", "cpu", "--method", ",".join(REMEDIES), "--tasks", "toy_recall,toy_shown"]
         for name in ("seed", "steps", "limit"):
             flags += [f"--{name}", str(getattr(args, name))]
         super().__init__(recover.parse(flags))
@@ -217,7 +217,7 @@ def table1(args):
     try:
         panels = {column: {row["row"]: in_percent(row["columns"][column]) for row in rows}
                   for column in rows[0]["columns"]}
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"--from {args.source}: is no table of experiments.reproduce; give its "
                         "OUT/table1.json") from None
     return draw.dots(panels), f"{len(rows)} rows, {len(panels)} columns"
@@ -225,13 +225,16 @@ def table1(args):
 
 def in_percent(cell):
     """{"mean", "ci95"} of a share -> value, [low, high] in percent."""
-    return 100 * cell["mean"], [100 * end for end in cell["ci95"]]
+    low, high = cell["ci95"]
+    return 100 * cell["mean"], [100 * low, 100 * high]
 
 
 def latency(args):
     """Bars of experiments.latency."""
     times = read_fields(args.source, "--from")("times", OBJECT)
-    known = [isinstance(seen, dict) and "prompt as cached prefix" in seen for seen in times.values()]
+    known = [isinstance(seen, dict) and "prompt as cached prefix" in seen and all(
+        isinstance(one, dict) and one.get("prefill") and one.get("decode") for one in seen.values())
+        for seen in times.values()]
     if not known or not all(known):
         raise UserError(f"--from {args.source}: holds no times of experiments.latency; give its "
                         "OUT/latency.json")

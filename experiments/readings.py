@@ -21,7 +21,6 @@ import time
 
 import torch
 
-import compress
 import evaluate
 import recover
 from experiments.choosing import choice_tasks
@@ -54,7 +53,7 @@ def trained(job):
     method = entry.build(job.model, args.prompt_lengths, seed=args.seed)
     lr = entry.rates["toy" if args.toy else "other"] if args.lr is None else args.lr
     recover.train(method, job.train_ids, args.steps, args.batch_size, args.train_seqlen, lr, args.seed,
-                  args.accumulate, args.checkpointing, weight_decay=args.weight_decay)
+                  args.accumulate, args.checkpointing, weight_decay=args.weight_decay, teacher=job.teacher)
     return method
 
 
@@ -192,7 +191,7 @@ TAKES = [name for name in recover.TAKES if name not in OTHERS]
 
 def parse(argv=None):
     """The command line. -> argparse.Namespace; raises UserError."""
-    args = parse_flags(__doc__, TAKES, argv, {"compressor": compress.COMPRESSORS})
+    args = parse_flags(__doc__, TAKES, argv, {name: recover.CHOICES[name] for name in ("compressor", "loss")})
     args.method, args.merge = ["idp"], False
     recover.check_job(args)
     if len(args.prompt_lengths) < 2:

@@ -272,7 +272,7 @@ TAKES = [*(name for name in recover.TAKES if name not in OTHERS),
 
 def parse(argv=None):
     """The command line: a table or figure, and flags. -> argparse.Namespace; raises UserError."""
-    choices = {name: recover.CHOICES[name] for name in ("compressor", "layers", "scores")}
+    choices = {name: recover.CHOICES[name] for name in ("compressor", "layers", "scores", "loss")}
     choices["recipe"], defaults = ["paper"], {"seeds": 1, "alpha": None}
     which = lambda parser: parser.add_argument("name", choices=[*PLANS, "all"], help="which table or figure")
     args = parse_flags(__doc__, TAKES, argv, choices, defaults, add=which)

@@ -29,7 +29,8 @@ def roots(H):
     """
     H = working(H)
     # H = U diag(lambda) U^T
-    eigenvalues, U = torch.linalg.eigh(H)
+    # MPS has no eigh
+    eigenvalues, U = (part.to(H.device) for part in torch.linalg.eigh(H.cpu() if H.is_mps else H))
     kept = eigenvalues > eigenvalues.amax() * len(H) * torch.finfo(H.dtype).eps                # (in,)
     # S = U diag(sqrt(lambda)),  S^+ = diag(1 / sqrt(lambda)) U^T, which is 0 where lambda is
     root, inverse = eigenvalues.where(kept, 0).sqrt(), eigenvalues.where(kept, math.inf).rsqrt()

@@ -9,7 +9,7 @@ from support.uncertainty import mcnemar
 
 TINY = ["--limit", "4", "--steps", "1", "--batch-size", "2", "--nsamples", "1", "--eval-seqlen", "16",
         "--seqlen", "16", "--train-seqlen", "16", "--rank", "1", "--tasks", "toy_recall,toy_unknown",
-        "--compressor", "rtn", "--bits", "2"]
+        "--compressor", "gptq", "--bits", "2"]
 
 
 def row(values, task="a"):
@@ -68,7 +68,7 @@ def test_shards_fill_one_table_and_the_command_goes_on(tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize("flags, words", [
     (["--tasks", ""], "--tasks: missing"), (["--shard", "1/2"], "--shard 1/2: needs --out"),
-    (["--shard", "3/2", "--out", "x"], "--shard 3/2"), (["--merge"], "--merge")])
+    (["--shard", "3/2", "--out", "x"], "--shard 3/2"), (["--merge"], "--merge"), (["--compressor", "rtn"], "reads no calibration text")])
 def test_mistakes(flags, words):
     with pytest.raises(UserError, match=words):
-        flips.parse(flags)
+        flips.parse(flags if "--compressor" in flags else ["--compressor", "gptq", *flags])
