@@ -305,3 +305,8 @@ def test_mistakes(flags, word, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=re.escape(word)):
         conjecture.main(flags)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_planted_says_which_remedies_it_tries():
+    with pytest.raises(UserError, match="--remedies lora 1: planted tries only prompt 16, prefix 16, lora 8"):
+        conjecture.parse(["planted", "--remedies", "lora 1"])

@@ -20,6 +20,7 @@ from support import cli
 from support.cli import FLAGS, SWITCH, flag_of
 
 MODULES = {"compress": ["--out", "new"], "recover": [], "evaluate": [], "experiments.latency": [], "experiments.choosing": [],
+           "experiments.flips": ["--compressor", "gptq"], "experiments.readings": [], "experiments.conjecture": ["dials"],
            "experiments.sweep": ["rates"], "experiments.reproduce": ["table1"], "experiments.patterns": ["--adapter", "run/adapter/idp", "--out", "new"]}
 
 
@@ -134,6 +135,9 @@ TYPED = [
     ("recover", "--model good.txt", "--model"), ("recover", "--model " + "x" * 300, "--model"),
     ("evaluate", "--model a\udcff", "--model"), ("evaluate", "--compare " + "x" * 300 + " a", "--compare"),
     ("recover", "--model full", "--model"), ("recover", "--model ../..//", "--model"),
+    ("experiments.reproduce", "table1 --loss distil", "--loss"), ("experiments.readings", "--loss blah", "--loss"),
+    ("experiments.flips", "--compressor rtn", "--compressor"),
+    ("experiments.conjecture", "dials --remedies nonsense", "--remedies"), ("experiments.conjecture", "dials --loads 240 --only nonsense", "--only"),
     ("experiments.latency", "--shape llama-8b", "--shape"), ("experiments.choosing", "--tables nonsense", "--tables"),
     ("experiments.choosing", "--tables rules,rules", "--tables"), ("experiments.sweep", "nothing", "sweep"),
     ("experiments.sweep", "compressors --only nonsense", "--only"), ("recover", "--method lora --targets nonsense", "--targets"),
