@@ -16,21 +16,21 @@ REACH, CHANCE = 90.0, 20.0                                 # % recall: known peo
 
 
 @contextlib.contextmanager
-def world(words, people):
-    """Within the block toy_world is the student's world, with so many known people."""
-    with mock.patch.multiple(toy_world, WORLD={"own": words}, DOMAINS=("own",), PEOPLE=people, UNKNOWN=20):
+def world(words):
+    """Within the block toy_world is the student's world."""
+    with mock.patch.multiple(toy_world, WORLD={"own": words}, DOMAINS=("own",), UNKNOWN=20):
         yield
 
 
 def measure(words, people):
     """Train a small model on the world, prune it. -> {"dense", "pruned", "unknown": % recall}."""
-    with world(words, people):
+    with world(words):
         tokenizer = toy_world.build_tokenizer()
-        model, tasks = toy_world.build_model(len(tokenizer), 64, layers=2), toy_world.tasks()
-        toy_world.train(model, tokenizer, STEPS, batch_size=8, lr=5e-3)
+        model, tasks = toy_world.build_model(len(tokenizer), 64, layers=2), toy_world.tasks(count=people)
+        toy_world.train(model, tokenizer, STEPS, batch_size=8, lr=5e-3, count=people)
         rows = tasks["toy_recall"] + tasks["toy_shown"]
         result = {"dense": recall(model, tokenizer, rows), "unknown": recall(model, tokenizer, tasks["toy_unknown"])}
-        ids = torch.tensor(tokenizer(" ".join(toy_world.text("train")))["input_ids"])
+        ids = torch.tensor(tokenizer(" ".join(toy_world.text("train", count=people)))["input_ids"])
         calibration = compress.calibration_ids(ids, 4, 64, 0)
         compress.compress_model(model, tokenizer, "magnitude", calibration, sparsity=0.6)
         return {**result, "pruned": recall(model, tokenizer, rows)}
