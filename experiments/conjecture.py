@@ -35,12 +35,11 @@ from experiments.conjecture_figures import figures
 from experiments.conjecture_numbers import Cell, outcome, report, summary
 from experiments.conjecture_plan import LOADS, QUICK, REMEDIES, Spec, compressions, damage_name, is_planted
 from experiments.conjecture_world import TRIGGER, damaged, load_world, plant, split, train_world
-from experiments.sweep import RowStore
+from experiments.sweep import RowStore, check_shard, claim_rows, of_shard
 from methods.lora import last_name, linears_in_blocks
 from methods.registry import METHODS
 from support.architectures import device_name, versions
 from support.cli import UserError, parse_flags, refuse_given, run, say
-from support.output import claim
 from support.recipe import digest
 from support.toy_world import PEOPLE
 
@@ -103,11 +102,10 @@ class Conjecture:
 
     def missing(self):
         """Groups of specs of one load, damage and seed, of this shard, each with a row that is not there."""
-        i, n = map(int, (self.args.shard or "1/1").split("/"))
         groups = collections.defaultdict(list)
         for spec in (spec for specs in self.plans.values() for spec in specs):
             groups[digest(spec[:3])].append(spec)
-        some = list(groups.values())[i - 1::n]
+        some = of_shard(list(groups.values()), self.args)
         return [group for group in some if any(self.row(spec) is None for spec in group)]
 
     def measure_all(self):
@@ -224,8 +222,7 @@ def parse(argv=None):
     for name, value in QUICK.items() if args.quick else ():
         if name not in args.given:
             setattr(args, name, value)
-    if args.shard and args.out is None:
-        raise UserError(f"--shard {args.shard}: needs --out DIR, which all shards share")
+    check_shard(args)
     if args.out is None and args.name != "planted" and set(args.loads) != {PEOPLE}:
         raise UserError(f"--loads {','.join(map(str, args.loads))}: other worlds than {PEOPLE} are trained "
                         f"into --out; give --out, or --loads {PEOPLE}")
@@ -238,8 +235,7 @@ def main(argv=None):
     """Measure what is missing, then write tables and figures of all rows that are there."""
     args, start = parse(argv), time.time()
     torch.manual_seed(args.seed)
-    part = "" if args.shard is None else args.shard.replace("/", "-of-")
-    with claim(args.out, rows=True, part=part) as out:
+    with claim_rows(args) as out:
         job = Conjecture(args, out)
         job.measure_all()
         for name in job.names:

@@ -27,11 +27,10 @@ import compress
 import evaluate
 import recover
 from experiments.patterns import weights_on_cpu
-from experiments.sweep import RowStore, describe
+from experiments.sweep import RowStore, check_shard, claim_rows, describe, of_shard
 from methods.registry import COMPRESSORS, METHODS
 from support.architectures import device_name, versions
 from support.cli import UserError, parse_flags, run, say
-from support.output import claim
 from support.recipe import digest, recipe_of
 from support.tables import markdown
 from support.uncertainty import discordant, holm, mcnemar, paired_interval, wilson
@@ -76,8 +75,7 @@ class Flips(recover.Run):
 
     def measure_all(self):
         """Every missing row of this shard, one compression after the other."""
-        i, n = map(int, (self.args.shard or "1/1").split("/"))
-        missing = [model for model in self.plan[i - 1::n] if self.row(model) is None]
+        missing = [model for model in of_shard(self.plan, self.args) if self.row(model) is None]
         for weights, models in itertools.groupby(missing, key=lambda model: (model.sample, model.other)):
             weight_bytes = self.set_weights(*weights)
             for model in models:
@@ -219,8 +217,7 @@ def parse(argv=None):
                         "the same model and no noise floor; use gptq or sparsegpt")
     if not args.tasks:
         raise UserError("--tasks: missing; name tasks or FILE.jsonl, whose answers can be lost")
-    if args.shard and args.out is None:
-        raise UserError(f"--shard {args.shard}: needs --out DIR, which all shards share")
+    check_shard(args)
     return args
 
 
@@ -228,8 +225,7 @@ def main(argv=None):
     """Measure what is missing, then print the table of the rows that are there."""
     args, start = parse(argv), time.time()
     torch.manual_seed(args.seed)
-    part = "" if args.shard is None else args.shard.replace("/", "-of-")
-    with claim(args.out, rows=True, part=part) as out:
+    with claim_rows(args) as out:
         job = Flips(args, out)
         job.measure_all()
         rows = {model.label: row for model in job.plan if (row := job.row(model))}

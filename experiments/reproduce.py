@@ -33,12 +33,11 @@ from experiments.patterns import weights_on_cpu
 from experiments.reproduce_figures import DOMAINS, REPORTS, Line, summary
 from experiments.reproduce_plan import (
     LORA_ON_ALL, OPEN, PAPER, PLANS, USED, WIDTH, Plan, own_settings, paper_recipe, parts_of)
-from experiments.sweep import RowStore, describe
+from experiments.sweep import RowStore, check_shard, claim_rows, describe, of_shard
 from methods.registry import COMPRESSORS, METHODS
 from support.architectures import check_room, device_name, versions
-from support.cli import UserError, flag_of, parse_flags, refuse_given, run, say
+from support.cli import flag_of, parse_flags, refuse_given, run, say
 from support.data import check_text
-from support.output import claim
 from support.recipe import digest, recipe_of
 
 
@@ -103,9 +102,8 @@ class Reproduction(recover.Run):
 
     def missing(self):
         """[(spec, label)] of this shard, of which some row is not there."""
-        i, n = map(int, (self.args.shard or "1/1").split("/"))
         lacks = lambda spec: any(self.row(spec, part) is None for part in parts_of(spec))
-        return [(spec, label) for spec, label in self.models()[i - 1::n] if lacks(spec)]
+        return [(spec, label) for spec, label in of_shard(self.models(), self.args) if lacks(spec)]
 
     def measure_all(self):
         """Every missing row, one compression after the other. With several, dense weights wait on the CPU."""
@@ -278,8 +276,7 @@ def parse(argv=None):
     args = parse_flags(__doc__, TAKES, argv, choices, defaults, add=which)
     args.given.remove("name")
     refuse_given(args, IGNORED.get(args.name, ()), f"{args.name} takes no such flag; leave it out")
-    if args.shard and args.out is None:
-        raise UserError(f"--shard {args.shard}: needs --out DIR, which all shards share")
+    check_shard(args)
     fill_in(args)
     check_compression(args)
     recover.fill_evaluation(args)
@@ -315,8 +312,7 @@ def main(argv=None):
     """Measure what is missing, then write every table that was asked for."""
     args, start = parse(argv), time.time()
     torch.manual_seed(args.seed)
-    part = "" if args.shard is None else args.shard.replace("/", "-of-")
-    with claim(args.out, rows=True, part=part) as out:
+    with claim_rows(args) as out:
         job = Reproduction(args, out)
         if args.recipe:
             say("recipe", f"{recipe_in_words(job)} {sizes_in_words(job)} {training_in_words(job)}")

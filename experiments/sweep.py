@@ -65,6 +65,23 @@ class RowStore:
             Kept.words = f"the rows so far are in {self.out.path}; the same command goes on with them"
 
 
+def check_shard(args):
+    """Raise UserError for a --shard without the folder that all shards share."""
+    if args.shard and args.out is None:
+        raise UserError(f"--shard {args.shard}: needs --out DIR, which all shards share")
+
+
+def of_shard(some, args):
+    """What of a list this run is to measure: every N-th from the I-th on; all of it without --shard."""
+    i, n = map(int, (args.shard or "1/1").split("/"))
+    return some[i - 1::n]
+
+
+def claim_rows(args):
+    """--out as a folder of rows, which all shards hold at once. -> what support.output.claim gives."""
+    return claim(args.out, rows=True, part="" if args.shard is None else args.shard.replace("/", "-of-"))
+
+
 class Sweep(recover.Run):
     """A run whose rows are on disk as soon as they are measured, and are measured once."""
 
