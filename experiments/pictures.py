@@ -1,7 +1,7 @@
 """Pictures: figures of the toy for a lecture, each from a run of its own.
 
     python -m experiments.pictures squares                 # one; printed: the first question, and six answers
-    python -m experiments.pictures all --out runs/pictures # all that need no file, under four minutes
+    python -m experiments.pictures all --out runs/pictures # all that need no file; minutes
     python -m experiments.pictures table1 --from runs/paper/table1.json    # of experiments.reproduce
     python -m experiments.pictures latency --from runs/latency/latency.json
 
@@ -217,6 +217,8 @@ def table1(args):
     try:
         panels = {column: {row["row"]: in_percent(row["columns"][column]) for row in rows}
                   for column in rows[0]["columns"]}
+        if not panels:
+            raise LookupError("no column")
     except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"--from {args.source}: is no table of experiments.reproduce; give its "
                         "OUT/table1.json") from None

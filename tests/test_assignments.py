@@ -14,9 +14,11 @@ import sys
 import pytest
 
 from assignments.fence import Borrowed, fence
+from assignments import grade as grade_folder
 from assignments.grade import NAMES
 from conftest import ROOT
 from idp_minimal import mean_attention, prompt_logits
+from support.cli import UserError
 
 ASSIGNMENTS = ROOT / "assignments"
 
@@ -383,3 +385,17 @@ def test_an_assignment_is_complete(name):
         assert part in text
     assert f"[{name}]({name}/README.md)" in (ASSIGNMENTS / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 700, "at most a page"
+
+
+@pytest.mark.parametrize("flags, words", [(["--seconds", "0"], "--seconds 0: must be at least 1"), ([], "both are needed")])
+def test_the_command_refuses(flags, words, tmp_path):
+    paths = ["--submission", str(tmp_path), "--out", str(tmp_path / "r.json")] if flags else []
+    with pytest.raises(UserError, match=words):
+        grade_folder.parse([*paths, *flags])
+
+
+def test_a_conftest_beside_the_submission_is_left_alone(tmp_path):
+    """pytest would take the value of a flag that it does not know yet for a path."""
+    (tmp_path / "conftest.py").write_text("raise RuntimeError('never read')", encoding="utf-8")
+    (tmp_path / "standard_error.py").write_text(STANDARD_ERROR, encoding="utf-8")
+    assert grade_folder.grade("standard_error", tmp_path / "standard_error.py", 600)["failed"] == 0

@@ -310,3 +310,14 @@ def test_mistakes(flags, word, tmp_path, monkeypatch):
 def test_planted_says_which_remedies_it_tries():
     with pytest.raises(UserError, match="--remedies lora 1: planted tries only prompt 16, prefix 16, lora 8"):
         conjecture.parse(["planted", "--remedies", "lora 1"])
+
+
+def test_uncompressed_cells_alone_have_no_phase_diagram():
+    cells = [cell([0.5, 0.6], damage=None)]
+    assert set(figures("dials", cells)) == {"dials.png"}
+    assert set(figures("dials", [*cells, cell([0.5, 0.6])])) == {"dials.png", "phases.png"}
+
+
+def test_a_remedy_that_is_no_evidence_does_not_make_nothing_lost():
+    assert "Nothing lost" not in conjecture_numbers.dial_table([cell([0.5, 0.6], remedy="eora 8")], 240)
+    assert "Nothing lost" in conjecture_numbers.dial_table([cell([0.5, 0.6], lost=3)], 240)

@@ -72,3 +72,11 @@ def test_shards_fill_one_table_and_the_command_goes_on(tmp_path, capsys, monkeyp
 def test_mistakes(flags, words):
     with pytest.raises(UserError, match=words):
         flips.parse(flags if "--compressor" in flags else ["--compressor", "gptq", *flags])
+
+
+def test_rows_of_another_machine_are_not_taken(tmp_path, monkeypatch):
+    """What other threads are depends on how many there were."""
+    first = flips.parse([*TINY, "--out", str(tmp_path / "out")])
+    one = flips.Flips(first, None).recipe
+    monkeypatch.setattr(flips, "device_name", lambda device: "cpu (another, 7 threads)")
+    assert flips.Flips(first, None).recipe != one

@@ -162,3 +162,14 @@ def test_no_two_lines_look_alike():
     found = styles(names)
     assert len(set(found)) == 5 and found[1:3] == [STYLES["idp"], STYLES["lora"]] and found[3] in SPARE
     assert style_of("IDP, m = 4") == STYLES["idp"] and style_of("nothing of these") is None
+
+
+@pytest.mark.parametrize("name, content", [
+    ("table1", {"rows": [{"row": "a", "columns": {"x": {"mean": 0.5, "ci95": [0.1]}}}]}),
+    ("table1", {"rows": [{"row": "a", "columns": {}}]}),
+    ("latency", {"times": {"128": {"prompt as cached prefix": {}}}})])
+def test_a_file_with_holes_is_one_message(name, content, tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="^--from .*give its"):
+        pictures.PICTURES[name][1](pictures.parse([name, "--from", str(file)]))
