@@ -394,8 +394,11 @@ def test_the_command_refuses(flags, words, tmp_path):
         grade_folder.parse([*paths, *flags])
 
 
-def test_a_conftest_beside_the_submission_is_left_alone(tmp_path):
-    """pytest would take the value of a flag that it does not know yet for a path."""
-    (tmp_path / "conftest.py").write_text("raise RuntimeError('never read')", encoding="utf-8")
-    (tmp_path / "standard_error.py").write_text(STANDARD_ERROR, encoding="utf-8")
-    assert grade_folder.grade("standard_error", tmp_path / "standard_error.py", 600)["failed"] == 0
+def test_the_submission_is_no_path_to_pytest(tmp_path, monkeypatch):
+    """In two words, pytest takes the value of a flag that it does not know yet for a path, and reads a conftest.py there."""
+    commands = []
+    monkeypatch.setattr(grade_folder.subprocess, "Popen", lambda command, **kw: commands.append(command) or 1 / 0)
+    (tmp_path / "rtn.py").write_text("", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError):
+        grade_folder.grade("rtn", tmp_path / "rtn.py", 600)
+    assert f"--submission={tmp_path / 'rtn.py'}" in commands[0] and str(tmp_path / "rtn.py") not in commands[0]
