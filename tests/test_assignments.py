@@ -381,7 +381,7 @@ def test_the_project_imports_nothing_from_here():
 def test_an_assignment_is_complete(name):
     text = (ASSIGNMENTS / name / "README.md").read_text(encoding="utf-8")
     for part in ("**Task.**", "**Why.**", "umber to reach", "ontrol that must fail", "<details>", "**Explain**",
-                 f"`python -m pytest assignments/{name} --submission "):
+                 f"`python -m pytest assignments/{name} --submission="):
         assert part in text
     assert f"[{name}]({name}/README.md)" in (ASSIGNMENTS / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 700, "at most a page"
