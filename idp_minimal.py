@@ -2,13 +2,11 @@
 
 Paper: "Do Compressed LLMs Forget Knowledge?", arXiv 2310.00867; tags such as [§3.2] mean its ICLR 2024
 submission, "(Dynamic) Prompting might be all you need to repair Compressed LLMs" (OpenReview SyuQKk7sX2).
-A compressed language model may have *displaced* its knowledge rather than forgotten it; a soft prompt can
-redirect it. IDP keeps m soft prompts, learnt apart, and lets each input choose one at inference: the prompt
-on which the input's own attention is largest on average. The choice is made inside the attention forward
-pass, so it costs no extra pass; what was not chosen is masked away.
+IDP keeps m soft prompts, learnt apart, and lets each input choose one at inference: the prompt on which the
+input's own attention is largest on average. The choice is made inside the attention forward pass, so it
+costs no extra pass; what was not chosen is masked away.
 
     python idp_minimal.py     # demo: tiny random model, CPU, seconds; fused pass against the slow reference
-
     bank = PromptBank.from_prompts(model, [P_0, P_1, P_2])       # P_k: (n_k, d) embeddings
     with attach_idp(model, bank) as idp:
         logits = model(input_ids, attention_mask=mask).logits    # (B, T, V): prompts add no rows
@@ -18,8 +16,8 @@ pass, so it costs no extra pass; what was not chosen is masked away.
 Letters: B batch, T input tokens, m prompts, n_k tokens of prompt k, N = max n_k, S = sum n_k, h heads, h_kv
 key heads, d width, d_k head width, L layers. A (B, h, T, S): attention of the input to prompt tokens.
 
-The paper's words allow several readings, and each is a setting: layers="every" chooses in each layer, the
-literal one, "first" once for all; scores="logits" takes A before the softmax, where the paper's -inf stands,
+The paper's words allow several readings, each a setting: layers="every", the literal one, chooses in each
+layer, "first" once for all; scores="logits" takes A before the softmax, where the paper's -inf stands,
 "probabilities" after one over all prompts and the causal input. DEVIATES: nothing known.
 """
 import argparse
@@ -30,7 +28,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -50,28 +48,24 @@ class PromptBank:
         self.keys, self.values, self.lengths = keys, values, lengths
         self.m, self.N, self.uneven = len(lengths), max(lengths), len(set(lengths)) > 1
         self.mark = uuid.uuid4().hex                       # by this a cache, or a copy of one, knows its bank
-        # (S,) the prompt of each token, on the CPU so that no pass reads it back
-        self.owner = torch.arange(self.m).repeat_interleave(torch.tensor(lengths))
+        self.owner = torch.arange(self.m).repeat_interleave(torch.tensor(lengths))  # (S,) on the CPU: no wait
         n = torch.tensor(lengths, device=keys[0].device)[:, None]                                  # (m, 1)
         self.valid = torch.arange(self.N, device=n.device) >= self.N - n   # (m, N) True at a prompt's token
         self.tokens = self.valid.flatten().nonzero()[:, 0]   # (S,) where those stand when (m, N) is flat
-        # L x (m, h_kv, d_k) float32, the mean over a prompt's tokens; its padding is zero
-        self.mean_keys = [k.detach().float().sum(2) / n[..., None] for k in keys]
+        self.mean_keys = [k.detach().float().sum(2) / n[..., None] for k in keys]    # L x (m, h_kv, d_k)
 
     @classmethod
     @torch.no_grad()
     def from_prompts(cls, model, prompts):
         """Run each prompt alone, once, and keep what it leaves in the cache. prompts: m tensors (n_k, d).
 
-        d is the width of the token embeddings, in OPT-350m not the hidden size. Raises ValueError when there
-        is no prompt, or one has the wrong shape or a number that is not finite.
+        d: width of the token embeddings. Raises ValueError: no prompt, a wrong shape, a number not finite.
         """
-        embedding, shapes = model.get_input_embeddings().weight, [tuple(P.shape) for P in prompts]
-        d = embedding.shape[1]
-        if not prompts or any(len(x) != 2 or x[0] < 1 or x[1] != d for x in shapes):
-            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {d}), got {shapes}")
-        if not all(P.to(embedding).isfinite().all() for P in prompts):
-            raise ValueError(f"prompts must be finite numbers in the model's {embedding.dtype}")
+        E, shapes = model.get_input_embeddings().weight, [tuple(P.shape) for P in prompts]     # E (V, d)
+        if not prompts or any(len(x) != 2 or x[0] < 1 or x[1] != E.shape[1] for x in shapes):
+            raise ValueError(f"prompts must be one or more tensors (n_k >= 1, {E.shape[1]}), got {shapes}")
+        if not all(P.to(E).isfinite().all() for P in prompts):
+            raise ValueError(f"prompts must be finite numbers in the model's {E.dtype}")
         N = max(map(len, prompts))
         layers = [prompt_cache(model, P, N) for P in prompts]                                 # m x L x (k, v)
         pad = lambda x: F.pad(x[0], (0, 0, N - x.shape[2], 0))                                # (h_kv, N, d_k)
@@ -112,10 +106,8 @@ def prompt_probabilities(query, key, K_p, mask, scaling):
 
 
 def mean_attention(A, real, owner):
-    """The paper's rule: s_k = mean of A_[Z_k : X], over heads, input tokens and the n_k tokens of prompt k.
-
-    NOT IN PAPER: real tokens only, so that padding cannot change the choice.
-    """
+    """The paper's rule: s_k = mean of A_[Z_k : X], over heads, input tokens and tokens of prompt k."""
+    # NOT IN PAPER: real tokens only, so that padding cannot change the choice
     a = (A.mean(1) * real[..., None]).sum(1) / real.sum(1, keepdim=True)                       # (B, S)
     member = F.one_hot(owner).to(a, non_blocking=True)     # (S, m); a GPU need not be waited for
     return a @ member / member.sum(0)                                                          # (B, m)
@@ -124,13 +116,16 @@ def mean_attention(A, real, owner):
 def mean_logits(query, real, mean_keys, scaling):
     """mean_attention under scores="logits", exactly, without A: the mean of products is a product of means.
 
-    query (B, h, T, d_k), real (B, T) bool, mean_keys (m, h_kv, d_k) -> (B, m) float32.
+    query (B, h, T, d_k); real (B, T) bool, None where all are; mean_keys (m, h_kv, d_k) -> (B, m) float32.
     """
     # s_k = mean over h, t, j in P_k of q_t . k_j / sqrt(d_k) = mean over h of (mean_t q_t) . (mean_j k_j) ...
-    weight = real.float() / real.sum(1, keepdim=True)                                          # (B, T)
-    mean_q = torch.einsum("bhtd,bt->bhd", query.float(), weight)                               # (B, h, d_k)
+    if real is None:
+        mean_q = query.mean(2, dtype=torch.float32)                                            # (B, h, d_k)
+    else:
+        weight = real / real.sum(1, keepdim=True)                                              # (B, T)
+        mean_q = (weight[:, None, None] @ query.float())[:, :, 0]                              # (B, h, d_k)
     mean_q = mean_q.unflatten(1, (mean_keys.shape[1], -1)).mean(2)                          # (B, h_kv, d_k)
-    return torch.einsum("bhd,mhd->bm", mean_q, mean_keys) * scaling / mean_keys.shape[1]
+    return mean_q.flatten(1) @ mean_keys.flatten(1).T * (scaling / mean_keys.shape[1])
 
 
 SELECTORS = {"mean_attention": mean_attention}             # methods/selectors.py adds others, and controls
@@ -168,15 +163,14 @@ def choose_prompt(call, i, query, key, scaling):
     """Each row's prompt in layer i, argmax_k s_k. query (B, h, T, d_k), key (B, h_kv, T, d_k) -> (B,).
 
     Within generate only the n tokens of its input count, and the r rows (beams) that repeat an input share
-    its choice. A later pass of generate(use_cache=False), and with layers="first" a later layer, chooses no
-    more. NOT IN PAPER: a tie goes to the lowest k, so that runs repeat.
+    its choice, which is made once. NOT IN PAPER: a tie goes to the lowest k, so that runs repeat.
     """
     idp, bank, asked = call.of, call.of.bank, call.asked
     where, n, r = i if idp.layers == "every" else 0, asked.tokens, len(query) // asked.rows
     if where not in asked.made:
         q, real = query[::r, :, :n], call.real[::r, :n]                           # (B/r, h, n, d_k), (B/r, n)
         if idp.rule is mean_attention and idp.reading == "logits":
-            scores = mean_logits(q, real, bank.mean_keys[i], scaling)                          # (B/r, m)
+            scores = mean_logits(q, real if call.hides else None, bank.mean_keys[i], scaling)  # (B/r, m)
         else:
             K_p = bank.keys[i].transpose(0, 1).flatten(1, 2)[None, :, bank.tokens]         # (1, h_kv, S, d_k)
             mask = call.mask[::r, :, :n, bank.N:bank.N + n]                                   # (B/r, 1, n, n)
@@ -187,13 +181,18 @@ def choose_prompt(call, i, query, key, scaling):
     return asked.made[where][0].repeat_interleave(r)
 
 
-AttentionInterface.register("idp", idp_attention)          # no mask function of that name: the mask is ours
-
-
 # --- 4. Into a Hugging Face model ---------------------------------------------------------------------------
 
 class PromptCache(DynamicCache):
     """A cache whose length leaves out its first N columns, the prompt of each row: layer.choice (B,)."""
+
+    @staticmethod
+    def reserve(cache, bank, B):
+        """Make an empty cache, which the caller may hold, one of these: N columns a layer, not chosen yet."""
+        for layer, (k, v) in enumerate(zip(bank.keys, bank.values)):
+            cache.update(k.new_zeros(B, *k.shape[1:]), v.new_zeros(B, *v.shape[1:]), layer)
+            cache.layers[layer].choice = ()
+        cache.__class__, cache.mark, cache.N = PromptCache, bank.mark, bank.N
 
     def get_seq_length(self, layer_idx=0):
         return max(super().get_seq_length(layer_idx) - self.N, 0)
@@ -221,45 +220,36 @@ class PromptCache(DynamicCache):
         self.__init__()                                    # older releases would keep columns of zeros
 
 
-# Settings of generate and what they may be: other values keep the cache elsewhere.
-GENERATE = {"cache_implementation": (None, "dynamic"), "guidance_scale": (None, 1),
-            "token_healing": (None, False), "custom_generate": (None,), "trust_remote_code": (None, False)}
-
-
-class IDP:
+class IDP(SimpleNamespace):
     """What attach_idp gives. Of the last choice made: choice (L, B), scores (L, B, m); "first": without L."""
-
-    def __init__(self, bank, rule, layers, reading, attend, options):
-        self.bank, self.rule, self.layers, self.reading = bank, rule, layers, reading
-        self.attend, self.options = attend, options
-        self.asked = self.choice = self.scores = None      # asked: the input of the generate that is running
+    asked = choice = scores = None                         # asked: the input of the generate that is running
 
     def before_forward(self, model, args, kwargs):
         """Forward pre-hook: make room for N prompt columns in cache, mask and positions."""
         kwargs, bank, device = by_name(model.forward, args, kwargs), self.bank, self.bank.valid.device
         caches = [*(kwargs.pop(name, None) for name in ("cache", "past_key_values")), DynamicCache()]
         cache = next(c for c in caches if c is not None)   # callers may use either name
-        mask = None if self.asked and self.asked.full else kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask")
         B, T = next(kwargs[x] for x in ("input_ids", "inputs_embeds") if kwargs.get(x) is not None).shape[:2]
-        prefill = DynamicCache.get_seq_length(cache) == 0
-        past = 0 if prefill else cache.get_seq_length()                             # real tokens before these
-        asked = self.asked or SimpleNamespace(rows=B, tokens=T, made={})
+        prefill, past = DynamicCache.get_seq_length(cache) == 0, cache.get_seq_length()   # past: real tokens
+        asked = self.asked or SimpleNamespace(rows=B, tokens=T, full=False, made={})
         self.check(model, cache, prefill, B, past, T, mask)
-        if prefill and asked.made and kwargs.get("use_cache") is not False:
-            raise ValueError("a second input within one generate: the first has chosen, this one cannot")
+        again = kwargs.get("use_cache") is False           # within generate: each step reads every token
+        if self.asked and not prefill and again or prefill and (T < asked.tokens or asked.made and not again):
+            raise ValueError("generate chooses once, by its whole input: no chunks, no second input or cache")
         if prefill:
-            reserve_columns(cache, bank, B)
-        real = torch.ones(B, past + T, dtype=torch.bool, device=device) if mask is None else mask.bool()
+            PromptCache.reserve(cache, bank, B)
+        # A GPU is not asked whether a mask hides anything: the answer would cost a wait at every token.
+        hides = mask is not None and not asked.full and (mask.is_cuda or not bool(mask.all()))
+        real = mask.bool() if hides else torch.ones(B, past + T, dtype=torch.bool, device=device)
         positions = kwargs.get("position_ids")             # the real tokens' own, from 0
         if positions is None:
             positions = (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]                     # (B, T)
-        # call: what the attention layers of this pass share. prefill: choose, put the winners in the cache;
-        # real (B, T) bool: tokens; mask (B, 1, T, N + past + T) bool, None when nothing is hidden.
-        call = SimpleNamespace(of=self, asked=asked, cache=cache, prefill=prefill, mask=None)
-        call.real = real[:, past:]
-        # A GPU is not asked whether a mask hides anything: the answer would cost a wait at every token.
-        hides = bank.uneven or mask is not None and (mask.is_cuda or not bool(mask.all()))
-        if hides or T > 1 or prefill:                      # else one token that sees everything
+        # call: what the layers of this pass share. prefill: choose, put the winners in the cache; real (B, T)
+        # bool: tokens; hides: not all of them are; mask (B, 1, T, N + past + T) bool, None: sees everything.
+        call = SimpleNamespace(of=self, asked=asked, cache=cache, prefill=prefill, real=real[:, past:],
+                               hides=hides, mask=None)
+        if hides or bank.uneven or T > 1 or prefill:
             before = real[:, None, None].expand(-1, -1, T, -1).tril(past)                # (B, 1, T, past + T)
             call.mask = F.pad(before, (bank.N, 0), value=True)     # all prompt columns, tokens up to oneself
         # idp_attention reads call.mask; the model gets some 4-D mask, or GPT-2 looks for padding itself.
@@ -279,36 +269,22 @@ class IDP:
         """Refuse what would lose the prompt or choose by a part of the input, and what has no room."""
         if type(cache) not in (DynamicCache, PromptCache) or cache.offloading:
             raise ValueError(f"attach_idp needs a DynamicCache on the device, got {type(cache).__name__}")
-        ours = getattr(cache, "mark", None) == self.bank.mark
-        if not prefill and not (ours and len(cache.layers[-1].choice) == B):
-            raise ValueError("the cache was filled without this prompt bank, not to the end, or not for "
-                             f"{B} rows: prefill under the same attach_idp")
-        if prefill and self.asked and T < self.asked.tokens:
-            raise ValueError(f"prefill_chunk_size: {T} of {self.asked.tokens} tokens cannot choose for all")
+        if not (prefill or getattr(cache, "mark", 0) == self.bank.mark and len(cache.layers[-1].choice) == B):
+            raise ValueError(f"the cache was not filled by this bank, to the end, for {B} rows; prefill it")
         if mask is not None and mask.shape != (B, past + T):
-            raise ValueError(f"attention_mask must be (B, past + T), {(B, past + T)}, without the prompt's "
-                             f"columns; got {tuple(mask.shape)}")
+            raise ValueError(f"attention_mask must be (B, past + T), {(B, past + T)}: {tuple(mask.shape)}")
         if model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules()):
             raise ValueError("gradient checkpointing drops the cache that holds the prompt: switch one off")
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        if any(limit and self.bank.N + past + T > limit for limit in limits):
-            raise ValueError(f"{self.bank.N} prompt tokens + {past + T} input tokens exceed the model's "
-                             f"limit of {min(filter(None, limits))} positions: shorten either")
+        if (room := min(filter(None, limits), default=torch.inf)) < self.bank.N + past + T:
+            raise ValueError(f"{self.bank.N} prompt tokens and {past + T} of input exceed {room} positions")
 
     def generate(self, model, plain, args, kwargs):
-        """model.generate within the block: refuse what cannot be right, note the input, go on."""
-        kwargs = by_name(plain, args, kwargs)
-        configs = filter(None, [model.generation_config, kwargs.get("generation_config")])
-        given = {name: x for source in [*map(vars, configs), kwargs]
-                 for name, x in source.items() if x is not None}
-        for name, known in GENERATE.items():
-            if given.get(name) not in known:
-                raise ValueError(f"attach_idp cannot be right with generate({name}={given[name]!r})")
-        if given.get("use_cache") is False and given.keys() & {"cache", "past_key_values"}:
-            raise ValueError("generate(use_cache=False) reads every token at each step: give it no cache")
-        inputs = [given[name] for name in ("inputs_embeds", "inputs", "input_ids") if name in given]
-        (rows, tokens), before = inputs[0].shape[:2] if inputs else (1, 1), self.asked   # (1, 1): a BOS token
-        full = "attention_mask" in given and bool(given["attention_mask"].all())      # later it grows by ones
+        """model.generate within the block: note its input, which chooses, and go on."""
+        kwargs, before = by_name(plain, args, kwargs), self.asked
+        inputs = [kwargs[x] for x in ("inputs_embeds", "inputs", "input_ids") if kwargs.get(x) is not None]
+        rows, tokens = inputs[0].shape[:2] if inputs else (1, 1)                       # (1, 1): a BOS token
+        full = kwargs.get("attention_mask") is not None and bool(kwargs["attention_mask"].all())
         self.asked = SimpleNamespace(rows=rows, tokens=tokens, full=full, made={})
         try:
             return plain(**kwargs)
@@ -321,14 +297,6 @@ def by_name(function, args, kwargs):
     return dict(**inspect.signature(function).bind_partial(*args).arguments, **kwargs) if args else kwargs
 
 
-def reserve_columns(cache, bank, B):
-    """Fill an empty cache with N columns per layer, for the chosen prompt."""
-    for layer, (k, v) in enumerate(zip(bank.keys, bank.values)):
-        cache.update(k.new_zeros(B, *k.shape[1:]), v.new_zeros(B, *v.shape[1:]), layer)    # (B, h_kv, N, d_k)
-        cache.layers[layer].choice = ()                    # no row has chosen yet
-    cache.__class__, cache.mark, cache.N = PromptCache, bank.mark, bank.N   # in place: the caller may hold it
-
-
 @contextlib.contextmanager
 def attach_idp(model, bank, selector="mean_attention", layers="every", scores="logits",
                attend=sdpa_attention_forward, **options):
@@ -336,10 +304,9 @@ def attach_idp(model, bank, selector="mean_attention", layers="every", scores="l
 
     selector: a key of SELECTORS, or a function with their signature; options go to it. layers, scores: the
     readings above [§3.2]. attend: the attention kernel. Gradients flow, also to a bank that requires them.
-    A choice is made once per sequence, by the whole input of the first pass or of generate (greedy, sampling,
-    beams, assisted, use_cache=False). The cache keeps it, also copied, cropped, with rows repeated or chosen.
-    Raises ValueError for what would lose it or choose by less: caches of another kind or filled elsewhere, an
-    input split by prefill_chunk_size, gradient checkpointing, going on outside, settings that GENERATE names.
+    A choice is made once per sequence, by the whole input of the first pass or of generate; the cache keeps
+    it, also copied, cropped, with rows repeated or chosen. Raises ValueError for what would lose it or choose
+    by less: another kind of cache, an input in chunks, gradient checkpointing.
     """
     rule = SELECTORS.get(selector, selector)
     if not callable(rule) or layers not in ("every", "first") or scores not in ("logits", "probabilities"):
@@ -348,7 +315,8 @@ def attach_idp(model, bank, selector="mean_attention", layers="every", scores="l
     before, plain = model.config._attn_implementation, getattr(model, "generate", None)
     if before == "idp":
         raise ValueError("this model is under attach_idp already")
-    idp, own = IDP(bank, rule, layers, scores, attend, options), "generate" in vars(model)
+    idp = IDP(bank=bank, rule=rule, layers=layers, reading=scores, attend=attend, options=options)
+    own = "generate" in vars(model)
     model.set_attn_implementation("idp")
     if model.config._attn_implementation != "idp":         # unsupported classes only warn
         raise ValueError(f"the attention of {type(model).__name__} cannot be replaced")
@@ -366,26 +334,25 @@ def attach_idp(model, bank, selector="mean_attention", layers="every", scores="l
         model.set_attn_implementation(before)
 
 
-# --- 5. The slow, obvious version: in each layer choose, then attend as if the losers were not there --------
+# --- 5. The slow, obvious version: each layer chooses, then attends as if losers were not there; a demo -----
 
 def reference_attention(module, query, key, value, mask, scaling=None, reference=None, **kwargs):
     """One sequence, no padding, cache or bank. reference: prompts' caches, reading, choices so far."""
     caches, layers, scores, choices = reference
-    group = query.shape[1] // key.shape[1]
-    repeat = lambda x: x[0].repeat_interleave(group, 0)                                    # (h, columns, d_k)
+    repeat = lambda x: x[0].repeat_interleave(query.shape[1] // key.shape[1], 0)           # (h, columns, d_k)
     keys, values = zip(*(cache[module.layer_idx] for cache in caches), (key, value))       # the input's last
     *logits, own = [(query[0] @ repeat(k).transpose(1, 2)).float() * scaling for k in keys]  # (h, T, columns)
     own = own.masked_fill(torch.ones_like(own, dtype=torch.bool).triu(1), -torch.inf)          # (h, T, T)
     A = logits
     if scores == "probabilities":
         A = torch.cat([*logits, own], dim=2).softmax(2).split([k.shape[2] for k in keys], dim=2)[:-1]
-    best = max(range(len(A)), key=lambda k: A[k].mean().item())
-    k = choices[0] if choices and layers == "first" else best
+    k = choices[0] if choices and layers == "first" else torch.stack([a.mean() for a in A]).argmax().item()
     choices.append(k)
     P = torch.cat([logits[k], own], dim=2).softmax(2).to(value.dtype)                          # (h, T, n_k+T)
     return (P @ torch.cat([repeat(values[k]), repeat(value)], dim=1)).transpose(0, 1)[None], None
 
 
+AttentionInterface.register("idp", idp_attention)          # no mask function of that name: the mask is ours
 AttentionInterface.register("idp_reference", reference_attention)
 
 
@@ -405,30 +372,25 @@ def idp_reference(model, prompts, input_ids, attention_mask=None, layers="every"
         out = model(ids[real][None], position_ids=positions, use_cache=False,
                     attention_mask=torch.ones(1, 1, 1, 1, device=ids.device),                     # left alone
                     reference=(caches, layers, scores, choices[-1])).logits[0]
-        rows.append(out.new_zeros(len(ids), out.shape[-1]))                                    # (T, V)
-        rows[-1][real] = out
+        rows.append(out.new_zeros(len(ids), out.shape[1]).index_copy(0, real.nonzero()[:, 0], out))  # (T, V)
     model.set_attn_implementation(before)
     choices = torch.tensor(choices, device=input_ids.device).T                                 # (L, B)
     return torch.stack(rows), choices if layers == "every" else choices[0]
 
 
-# --- 6. Demo ------------------------------------------------------------------------------------------------
-
 def demo():
     """Tiny random LLaMA, three prompts of unequal length, a padded batch: predict, then show."""
-    from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0)).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128,
+                             num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
     prompts = [torch.randn(n, 64) for n in (4, 6, 8)]
     ids, mask = torch.randint(1, 100, (5, 12)), torch.ones(5, 12, dtype=torch.long)
     mask[0, 8:], mask[1, :4] = 0, 0                        # one padded on the right, one on the left
     with torch.no_grad(), attach_idp(model, PromptBank.from_prompts(model, prompts)) as idp:
         logits = model(ids, attention_mask=mask).logits    # (5, 12, 100)
     expected, choice = idp_reference(model, prompts, ids, mask)
-    print("chosen, a line a layer, a column a sequence; fused pass:\n", idp.choice)
-    print("slow reference:\n", choice)
+    print(f"chosen, a line a layer, a column a sequence; fused pass:\n {idp.choice}")
+    print(f"slow reference:\n {choice}")
     error = ((logits - expected) * mask[..., None]).abs().max().item()
     print(f"largest difference of logits: {error:.1e}  (the law: below 1e-5)")
 

@@ -71,7 +71,7 @@ def test_idp_minimal_stands_alone():
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_a_file_can_be_read_at_one_sitting(path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= (440 if path.name == "idp_minimal.py" else 400)    # the whole method stands in one
+    assert text.count("\n") <= 400
     assert not [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 110]
     assert ast.get_docstring(ast.parse(text)), "the docstring is the door"
 
@@ -97,7 +97,7 @@ def test_functions_are_short():
 
 def test_the_core_grows_no_more():
     """Root, methods and support. The goal of the house is 3,000 lines; readers that check every file cost more than that."""
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in CORE) <= 5935
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in CORE) <= 5885
 
 
 def test_the_count_command_counts(tmp_path):
