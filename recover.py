@@ -52,9 +52,7 @@ from support.recipe import digest, recipe_of
 
 def batch_at(ids, step, batch_size, seqlen, seed):
     """Random chunks, a pure function of (seed, step). ids (tokens,) -> (batch_size, seqlen) long."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(ids) - seqlen + 1, (batch_size,), generator=generator)
-    return ids[starts[:, None] + torch.arange(seqlen)]                                         # (B, T)
+    return compress.calibration_ids(ids, batch_size, seqlen, seed * 1_000_003 + step)          # (B, T)
 
 
 def learning_rate(step, steps, peak, warmup=0.1):
