@@ -589,11 +589,14 @@ class OwnCache(DynamicCache):
 
 @pytest.mark.parametrize("how", ["static", "offloaded", "quantized", "paged"])
 def test_cache_implementations_are_refused(how):
-    """By the first pass, or by transformers: it lacks a package for "quantized"; "paged" is no attention of ours."""
+    """By the first pass, or by others: transformers lacks a package for "quantized" and has no "paged" attention of this
+    name, and torch, in older releases, wants a GPU for "offloaded".
+    """
     model = tiny_model("llama")
-    words = {"quantized": "needs a DynamicCache|install", "paged": "idp is not supported"}.get(how, "needs a DynamicCache")
+    others = {"quantized": "install", "paged": "idp.* is not supported", "offloaded": "CUDA"}
+    words = f"needs a DynamicCache|{others.get(how, 'needs a DynamicCache')}"
     with attach_idp(model, PromptBank.from_prompts(model, make_prompts(model))):
-        with pytest.raises((ValueError, ImportError), match=words):
+        with pytest.raises((ValueError, ImportError, RuntimeError), match=words):
             model.generate(make_batch()[0], max_new_tokens=2, cache_implementation=how)
 
 
@@ -610,7 +613,7 @@ def test_refusals_of_caches_and_generate():
             with pytest.raises(ValueError, match=f"needs a DynamicCache .* got {type(bad).__name__}"):
                 go_on(model, bad, ids)
         for some_mask in (None, torch.ones_like(ids)):
-            with pytest.raises(ValueError, match="no second input or cache"):             # each step reads every token
+            with pytest.raises(ValueError, match="no second input or cache|must be .B, past"):     # each step reads every token
                 model.generate(ids, max_new_tokens=2, attention_mask=some_mask, **{"use_cache": False, CACHE: cache})
         assert not passes
         within = lambda text, scores: scores + go_on(model, None, text)[:, -1]                 # a processor that runs the model
