@@ -8,8 +8,8 @@ redirecting is enough, and the patterns need not return. NOT IN PAPER: every mea
     python recover.py --method lora --out runs/lora
     python -m experiments.patterns --adapter runs/idp/adapter --adapter runs/lora/adapter --out runs/patterns
 
-Writes patterns.json, patterns.md and patterns.png. All models read the same chunks of --eval-text; per layer,
-averaged over heads, tokens and chunks:
+Writes patterns.json, patterns.md and patterns.png (both shares, and the direction). All models read the same
+chunks of --eval-text; per layer, averaged over heads, tokens and chunks:
 
   attention     Jensen-Shannon divergence from the dense model's attention, in bits: 0 the same, 1 disjoint.
                 Attention to prompt tokens is taken out and the rest made to sum to one, so that only real
@@ -251,38 +251,41 @@ def text_of(rows, caption):
     return "\n\n".join(parts) + "\n"
 
 
+PANELS = [  # of the figure: title, what its axis shows, {measure: are its markers filled}
+    ("Attention to the first token (filled) and to the prompt (open)", "share of all attention",
+     {"first share": True, "prompt share": False}),
+    ("Hidden state after the block: distance from dense", "1 - cosine to dense", {"direction": True})]
+
+
 def figure(rows, caption):
-    """One panel per measure over the layers. -> matplotlib Figure."""
+    """Two panels over the layers: where attention is parked, how far the states are. -> matplotlib Figure."""
     plt = pyplot()
-    fig, axes = plt.subplots(2, 3, figsize=(12.6, 7))
-    looks = styles(row["row"] for row in rows)
-    lines = {}                                             # {index of a row: its line}, for the legend
-    for ax, key in zip(axes.flat, MEASURES):
-        for i, row in enumerate(rows):
-            if has(row, key):
-                lines[i] = panel_line(ax, row["layers"][key], *looks[i])
-        ax.set_title(MEASURES[key][0], fontsize=10)
-        ax.set(xlabel="layer", ylabel=MEASURES[key][1], xlim=(0.5, None))
+    fig, axes = plt.subplots(1, 2, figsize=(10.4, 4.6))
+    looks, lines = styles(row["row"] for row in rows), {}  # lines: {index of a row: one of its lines}
+    for ax, (title, unit, measures) in zip(axes, PANELS):
+        for key, filled in measures.items():
+            for i, row in enumerate(rows):
+                if has(row, key):
+                    line = panel_line(ax, row["layers"][key], *looks[i], filled)
+                    lines.setdefault(i, line)
+        ax.set_title(title, fontsize=10)
+        ax.set(xlabel="layer", ylabel=unit, xlim=(0.5, None), ylim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if key == "norm":
-            ax.axhline(1, color="#999999", linewidth=0.8)
-        else:
-            ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
     labels = [f"{rows[i]['row']}, loss {rows[i]['loss']:.2f} nats" for i in sorted(lines)]
-    fig.legend([lines[i] for i in sorted(lines)], labels, loc="upper center", ncol=4, frameon=False,
+    fig.legend([lines[i] for i in sorted(lines)], labels, loc="upper center", ncol=3, frameon=False,
                handlelength=4, fontsize=9)
     fig.text(0.5, 0.015, caption, ha="center", fontsize=8, wrap=True)
-    fig.tight_layout(rect=(0, 0.04, 1, 0.92))
+    fig.tight_layout(rect=(0, 0.04, 1, 0.89))
     plt.close(fig)
     return fig
 
 
-def panel_line(ax, values, color, line, marker):
+def panel_line(ax, values, color, line, marker, filled):
     """One model in one panel. -> the line, for the legend."""
     layers = range(1, len(values) + 1)
-    return ax.plot(layers, values, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.4,
-                   markevery=max(1, len(values) // 10))[0]
+    return ax.plot(layers, values, color=color, linestyle=line, marker=marker, markersize=6, linewidth=1.4,
+                   markerfacecolor=color if filled else "white", markevery=max(1, len(values) // 10))[0]
 
 
 # --- 5. The command -----------------------------------------------------------------------------------------
