@@ -8,12 +8,15 @@ import inspect
 import io
 import json
 import os
+import re
+import statistics
 
 import pytest
 
 from assignments.fence import Borrowed, fence
 from assignments import grade as grade_folder
 from assignments.grade import NAMES
+from assignments.grading import compressed_toy
 from conftest import ROOT
 from idp_minimal import mean_attention, prompt_logits
 from support.cli import UserError
@@ -361,6 +364,20 @@ def test_the_command_reports_whatever_a_submission_does(tmp_path, capsys):
     assert "Traceback" not in out.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="must be a new file"):
         grade_folder.main(command)
+
+
+def test_seeds_repeat_the_number_and_print_its_spread(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(WANDA, encoding="utf-8")
+    flags = [str(ASSIGNMENTS / "wanda"), "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), f"--submission={tmp_path / 'own.py'}",
+             "-k", "the_number"]
+    exec(WANDA, own := {})
+    found = [compressed_toy(own["wanda"], True, seed, sparsity=0.6)[2]["mean_error"] for seed in range(2)]
+    capsys.readouterr()
+    assert pytest.main([*flags, "--seeds=2"]) == 0
+    mean, spread = re.search(r"^error: (\S+) ± (\S+) \(n = 2\)$", capsys.readouterr().out, re.M).groups()
+    assert (mean, spread) == (f"{statistics.mean(found):.4g}", f"{statistics.stdev(found):.2g}")
+    assert pytest.main([*flags, "--seeds=0"]) == pytest.ExitCode.USAGE_ERROR
+    assert "--seeds 0: must be at least 1; use for example 5" in capsys.readouterr().err
 
 
 def test_the_suite_of_the_project_leaves_the_assignments_out():

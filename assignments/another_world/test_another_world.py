@@ -88,9 +88,11 @@ def test_the_predictions_hold(submission):
                                   "the interval: say in your answer what you had overlooked")
 
 
-def test_the_number(submission):
+def test_the_number(submission, record_property):
     """Known people are known. Control: people in no text are not."""
     for load, result in measured(submission.domain).items():
+        for people, value in result.items():
+            record_property(f"recall %, {load} world, {people}", value)
         must(result["dense"] >= REACH, f"{load}: before pruning recall is {result['dense']:.1f} %; it must reach {REACH} %")
         must(result["unknown"] <= CHANCE, f"{load}: people in no text are known to {result['unknown']:.1f} %: your phrasings "
                                           "or names give answers away")

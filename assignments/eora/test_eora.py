@@ -1,7 +1,7 @@
 """The grader of eora."""
 import torch
 
-from assignments.grading import check_tensor, compressed_toy, hessian, must, numbers, unchanged
+from assignments.grading import check_tensor, compressed_toy, hessian, must, numbers, recall, unchanged
 from methods.pruning import magnitude
 
 ASKED, FENCED = ["eora"], ["methods.eora"]
@@ -76,10 +76,14 @@ def repaired(function):
     return compressor
 
 
-def test_the_number(submission):
+def test_the_number(submission, seed, record_property):
     """On the toy; and, as a control, with H = I, which is a plain SVD of the weights' error: not enough."""
-    error = compressed_toy(repaired(submission.eora), True)[2]["mean_error"]
+    blind, errors = lambda E, H, r: submission.eora(E, torch.eye(len(H)), r), []
+    for function, name in ((submission.eora, ""), (blind, ", H = I")):
+        model, tokenizer, report = compressed_toy(repaired(function), True, seed)
+        errors.append(report["mean_error"])
+        record_property(f"error{name}", errors[-1])
+        record_property(f"toy_recall %{name}", recall(model, tokenizer))
+    error, control = errors
     must(error <= REACH, f"relative error of the toy's layers is {error:.3f}; it must be at most {REACH}")
-    blind = lambda E, H, r: submission.eora(E, torch.eye(len(H)), r)
-    control = compressed_toy(repaired(blind), True)[2]["mean_error"]
     must(control > REACH, f"with H = I the error is {control:.3f}, as low: then H is not used")

@@ -1,7 +1,7 @@
 """The grader of gptq."""
 import torch
 
-from assignments.grading import check_close, check_tensor, compressed_toy, hessian, must, numbers, unchanged
+from assignments.grading import check_close, check_tensor, compressed_toy, hessian, must, numbers, recall, unchanged
 from methods.rounding import fit_grid, to_code
 
 ASKED, FENCED = ["gptq"], ["methods.gptq"]
@@ -60,10 +60,14 @@ def test_inputs_are_left_alone(submission):
         submission.gptq(W, H, 3, 8)
 
 
-def test_the_number(submission):
+def test_the_number(submission, seed, record_property):
     """The toy at 2 bits; and, as a control, with H = I, which is rounding to nearest: not enough."""
-    error = compressed_toy(submission.gptq, True, bits=2, group_size=64)[2]["mean_error"]
+    model, tokenizer, report = compressed_toy(submission.gptq, True, seed, bits=2, group_size=64)
+    error = report["mean_error"]
+    record_property("error", error)
+    record_property("toy_recall %", recall(model, tokenizer))
     must(error <= REACH, f"relative error of the toy's layers is {error:.3f}; it must be at most {REACH}")
     blind = lambda W, H, **settings: submission.gptq(W, torch.eye(len(H)), **settings)
-    control = compressed_toy(blind, True, bits=2, group_size=64)[2]["mean_error"]
+    control = compressed_toy(blind, True, seed, bits=2, group_size=64)[2]["mean_error"]
+    record_property("error, H = I", control)
     must(control > REACH, f"with H = I the error is {control:.3f}, as low: then H is not used")

@@ -88,7 +88,7 @@ def test_losers_leave_no_trace(submission):
     check_close(after, before, "out, after the losing prompts were changed,")
 
 
-def test_the_number(submission):
+def test_the_number(submission, record_property):
     """Within 1e-5 of the slow version, five seeds. Control: dropping losers after the softmax is far off."""
     for seed in range(5):
         q, k, v, K_p, V_p, owner, real = case(seed)
@@ -96,7 +96,9 @@ def test_the_number(submission):
         right = slow_attention(q, k, v, K_p, V_p, owner, real, choice)
         out = at_real(submission.discard(q, k, v, K_p, V_p, owner, real, choice), real)
         check_close(out, right, "out", REACH)
+        record_property("largest difference", (out - right).abs().max().item())
         gap = (too_late(q, k, v, K_p, V_p, owner, real, choice) - right).abs().max().item()
+        record_property("largest difference, masked after the softmax", gap)
         must(gap > 100 * REACH, f"the control is within {gap:.3g}: this case would not show the mistake")
 
 

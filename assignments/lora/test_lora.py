@@ -91,24 +91,29 @@ class Held(nn.Module):
         return F.linear(x, self.merged_weight(self.linear.weight, self.A, self.B, 2.0, self.mask))
 
 
-def trained(submission, under_mask):
-    """% recall of the pruned toy after training, merged and masked; trained so, or masked only at the end."""
+def trained(submission, under_mask, seed):
+    """Train on the pruned toy, under the mask or without. -> % recall as trained, % merged and masked."""
     model, tokenizer, _ = compressed_toy(lambda W: magnitude(W, 0.6), False)
-    generator, layers = torch.Generator().manual_seed(0), {}
+    generator, layers = torch.Generator().manual_seed(seed), {}
     for name, linear in linears_in_blocks(model).items():
         if name.endswith(("q_proj", "v_proj")):
             own = submission.LoRALinear(linear, r=8, alpha=16, generator=generator)
             layers[name] = Held(own, linear, submission.merged_weight, under_mask)
     method = LoRA(model, layers=layers)
-    recover.train(method, toy_ids(tokenizer), STEPS, 16, 64, 1e-2, quiet=True)
+    recover.train(method, toy_ids(tokenizer), STEPS, 16, 64, 1e-2, seed, quiet=True)
+    with method.training():
+        before = recall(model, tokenizer)
     for layer in layers.values():
         layer.under_mask = True
     with method.training():
-        return recall(model, tokenizer)
+        return before, recall(model, tokenizer)
 
 
-def test_the_number(submission):
+def test_the_number(submission, seed, record_property):
     """Rank 8, 100 steps on shown people's facts. Control: trained without the mask, masked afterwards."""
-    reached, control = trained(submission, True), trained(submission, False)
+    (_, reached), (unmerged, control) = trained(submission, True, seed), trained(submission, False, seed)
+    record_property("toy_recall %", reached)
+    record_property("toy_recall %, masked at the end", control)
+    record_property("toy_recall %, never masked", unmerged)
     must(reached >= REACH, f"trained under the mask, toy_recall is {reached:.1f} %; it must reach {REACH} %")
     must(control < REACH, f"trained without the mask and then masked, recall is {control:.1f} %, as high")

@@ -75,14 +75,16 @@ def test_training_changes_the_scales_alone(submission):
     must(not still, f"after two steps these scales have not moved: {still[:3]}")
 
 
-def test_the_number(submission):
+def test_the_number(submission, seed, record_property):
     """100 steps on shown people's facts. Control: the same words in random order."""
     model, tokenizer = pruned()
     ids, recalls = toy_ids(tokenizer), []
-    for text in (ids, ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]):
+    for text in (ids, ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]):
         method = submission.NormsOnly(model)
-        recover.train(method, text, STEPS, 16, 64, 3e-2, quiet=True)
+        recover.train(method, text, STEPS, 16, 64, 3e-2, seed, quiet=True)
         with method.inference():
             recalls.append(recall(model, tokenizer))
+    record_property("toy_recall %", recalls[0])
+    record_property("toy_recall %, shuffled words", recalls[1])
     must(recalls[0] >= REACH, f"toy_recall is {recalls[0]:.1f} %; it must reach {REACH} %")
     must(recalls[1] < REACH, f"trained on shuffled words, recall is {recalls[1]:.1f} %: then the text is not used")

@@ -56,11 +56,12 @@ def test_W_is_left_alone(submission):
         submission.rtn(W, 3, 8)
 
 
-def test_the_number(submission):
+def test_the_number(submission, record_property):
     """The toy at 2 bits in groups of 16; and, as a control, with one grid a row: not enough."""
     recalls = []
     for group_size in (16, -1):
         model, tokenizer, _ = compressed_toy(submission.rtn, False, bits=2, group_size=group_size)
         recalls.append(recall(model, tokenizer))
+        record_property(f"toy_recall %, groups of {group_size}", recalls[-1])
     must(recalls[0] >= REACH, f"toy_recall at 2 bits is {recalls[0]:.1f} %; it must reach {REACH} %")
     must(recalls[1] < REACH, f"with one grid a row recall is {recalls[1]:.1f} %: then groups are not used")

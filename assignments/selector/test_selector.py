@@ -16,7 +16,7 @@ REACH, STEPS = 95.0, 60                                    # % of held-out peopl
 
 
 @functools.cache
-def planted():
+def planted(seed):
     """The planted case: prompt 0 learns the answers after one trigger, prompt 1 after the other.
 
     -> (A, real, owner, best) of shown people's questions, and of held-out people's. n is 240 each.
@@ -30,7 +30,7 @@ def planted():
         at = recover.batch_at(torch.arange(len(answered[0])), step, batch_size // 2, 1, seed)[:, 0]
         return torch.stack([rows[at] for rows in answered], dim=1).flatten(0, 1)
 
-    method = AnswerPrompts(model, [8, 8], seed=0)
+    method = AnswerPrompts(model, [8, 8], seed=seed)
     recover.train(method, answered[0].flatten(), STEPS, 16, answered[0].shape[1], PLANTED_LR, sample=sample,
                   quiet=True)
     bank = PromptBank.from_prompts(model, [P.detach() for P in method.prompts])
@@ -89,9 +89,11 @@ def test_inputs_are_left_alone(submission, small):
         submission.fit_selector(A, real, owner, best)(A, real, owner)
 
 
-def test_the_number(submission):
+def test_the_number(submission, seed, record_property):
     """On held-out people. Control: the paper's rule, mean attention."""
-    shown, heldout = planted()
+    shown, heldout = planted(seed)
     reached, control = share(submission.fit_selector(*shown), heldout), share(mean_attention, heldout)
+    record_property("own prompt %", reached)
+    record_property("own prompt %, mean attention", control)
     must(reached >= REACH, f"{reached:.1f} % of the questions get their own prompt; it must be {REACH} %")
     must(control < REACH, f"mean attention reaches {control:.1f} % too: this case shows nothing")

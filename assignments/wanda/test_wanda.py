@@ -1,7 +1,7 @@
 """The grader of wanda."""
 import torch
 
-from assignments.grading import check_close, check_tensor, compressed_toy, hessian, must, numbers, unchanged
+from assignments.grading import check_close, check_tensor, compressed_toy, hessian, must, numbers, recall, unchanged
 
 ASKED, FENCED = ["wanda"], ["methods.wanda"]
 REACH = 0.260                                              # relative error of the toy's layers at 60 %
@@ -51,10 +51,14 @@ def test_inputs_are_left_alone(submission):
         submission.wanda(W, H, 0.5)
 
 
-def test_the_number(submission):
+def test_the_number(submission, seed, record_property):
     """On the toy, with H; and, as a control, with H = I, which is magnitude row by row: not enough."""
-    error = compressed_toy(submission.wanda, True, sparsity=0.6)[2]["mean_error"]
+    model, tokenizer, report = compressed_toy(submission.wanda, True, seed, sparsity=0.6)
+    error = report["mean_error"]
+    record_property("error", error)
+    record_property("toy_recall %", recall(model, tokenizer))
     must(error <= REACH, f"relative error of the toy's layers is {error:.3f}; it must be at most {REACH}")
     blind = lambda W, H, sparsity: submission.wanda(W, torch.eye(len(H)), sparsity)
-    control = compressed_toy(blind, True, sparsity=0.6)[2]["mean_error"]
+    control = compressed_toy(blind, True, seed, sparsity=0.6)[2]["mean_error"]
+    record_property("error, H = I", control)
     must(control > REACH, f"with H = I the error is {control:.3f}, as low: then H is not used")
