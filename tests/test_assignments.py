@@ -159,6 +159,16 @@ def discard(q, k, v, K_p, V_p, owner, real, choice):
     seen = torch.cat([winner, causal], 2)[:, None]
     return (q @ keys.transpose(2, 3) / d_k ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ values
 """
+CALIBRATION = """
+import torch
+def choose(model, chunks, k=32):
+    seen, picked, words = set(), [], [set(chunk) for chunk in chunks.tolist()]
+    for _ in range(k):
+        new = [-1 if i in picked else len(own - seen) for i, own in enumerate(words)]
+        picked.append(max(range(len(new)), key=new.__getitem__))
+        seen |= words[picked[-1]]
+    return torch.tensor(picked)
+"""
 OPEN_QUESTION = """
 def files():
     return "report.md", "results.json"
@@ -178,12 +188,12 @@ def functions_of(*functions):
 RIGHT = {"rtn": source_of("methods.rounding"), "gptq": source_of("methods.gptq"), "wanda": WANDA, "eora": EORA, "lora": LORA,
          "idp_score": functions_of(prompt_logits, mean_attention) + IDP_SCORE,
          "norms_only": NORMS_ONLY, "selector": SELECTOR, "standard_error": STANDARD_ERROR,
-         "another_world": ANOTHER_WORLD, "open_question": OPEN_QUESTION}
+         "calibration": CALIBRATION, "another_world": ANOTHER_WORLD, "open_question": OPEN_QUESTION}
 # What the project has of them besides: lora's first half (its class), and eora where methods/eora.py is there.
 REFERENCE = {"lora": source_of("methods.lora") + LORA[LORA.index("def merged_weight"):]}
 if (ROOT / "methods" / "eora.py").exists():
     REFERENCE["eora"] = source_of("methods.eora")
-SLOW_TESTS = {"another_world": "formed or intervals", "selector": "not number"}    # what runs without IDP_SLOW
+SLOW_TESTS = {"another_world": "formed or intervals", "selector": "not number", "calibration": "not number"}    # what runs without IDP_SLOW
 
 # --- Wrong ones: (assignment, what of the right solution becomes what, which test fails, with which words)
 SLOW = "differs from the slow version"
@@ -235,6 +245,10 @@ WRONG = [
     ("standard_error", "((a + b) / n - ", "(max(a, b) / n - ", "test_the_error_of_a_paired_difference_equals_what_chance_gives", "should be"),
     ("standard_error", "rows * math.erfc", "math.erfc", "test_p_values", "should be"),
     ("standard_error", "abs(difference)", "difference", "test_p_values", "should be"),
+    ("calibration", "range(k)", "range(8)", "test_shape", "must have shape"),
+    ("calibration", "torch.tensor(picked)", "chunks.new_tensor(picked)[torch.arange(k) // 2]", "test_shape", "places must differ"),
+    ("calibration", "max(range(len(new)), key=new.__getitem__)", "int(torch.randperm(len(new))[0])", "test_it_is_a_rule", "two answers"),
+    ("calibration", "seen, picked, words", "chunks[:] = chunks.sort(1).values\n    seen, picked, words", "test_inputs_are_left_alone", "changed in place"),
     ("another_world", 'words("first", 24)', 'words("first", 23)', "test_the_domain_is_well_formed", "24 different words"),
     ("another_world", '" of {p} is {v}."', '" {v} is that of {p}."', "test_the_domain_is_well_formed", "ends in"),
     ("another_world", '"small": (0, ', '"small": (0, 7', "test_the_predictions_are_intervals", "points wide"),
@@ -257,6 +271,12 @@ def test_the_reference_itself_passes(name, tmp_path):
 @pytest.mark.skipif("IDP_SLOW" not in os.environ, reason="minutes: set IDP_SLOW=1")
 def test_a_right_solution_reaches_the_number(name, tmp_path):
     assert failures(grade(name, RIGHT[name], tmp_path, "number or hold")) == {}
+
+
+@pytest.mark.skipif("IDP_SLOW" not in os.environ, reason="minutes: set IDP_SLOW=1")
+def test_a_rule_upside_down_misses_the_number(tmp_path):
+    source = CALIBRATION.replace("-1 if", "999 if").replace("max(", "min(")                # the fewest new words
+    assert "it must reach" in failures(grade("calibration", source, tmp_path, "number"))["test_the_number"]
 
 
 @pytest.mark.parametrize("name, old, new, test, words", WRONG)
