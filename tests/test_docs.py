@@ -23,7 +23,7 @@ def text_of(doc):
 
 def fences(doc, language):
     """The contents of ```language blocks."""
-    return re.findall(rf"```{language}\n(.*?)```", text_of(doc), re.S)
+    return re.findall(rf"```{language}(?: .noeval)?\n(.*?)```", text_of(doc), re.S)
 
 
 def command_lines(doc):

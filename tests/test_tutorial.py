@@ -1,5 +1,6 @@
 """The tutorial runs, and shows what comes out: tests/tutorial_runner.py does it, and is itself tested here."""
 import pathlib
+import re
 import textwrap
 
 import pytest
@@ -21,6 +22,12 @@ def test_the_tutorial_runs(tmp_path):
 
 def test_the_tutorial_says_where_its_numbers_come_from():
     assert not is_marked(TUTORIAL) or not check_page(TUTORIAL), report(check_page(TUTORIAL), "tutorial.md")
+
+
+def test_a_notebook_runs_what_the_test_runs():
+    """jupytext makes text of ```bash .noeval, and cells of the others: Python by the header, bash by %%bash."""
+    assert TUTORIAL.startswith("<!-- runs -->\n<!--\n---\njupyter:\n  kernelspec: {") and ", language: python, " in TUTORIAL[:120]
+    assert TUTORIAL.count("<!-- parsed only") == len(re.findall(r"<!-- parsed only.*\n```bash .noeval\n", TUTORIAL)) == TUTORIAL.count(".noeval")
 
 
 def test_a_copy_holds_the_project_and_nothing_made_by_runs(tmp_path):
@@ -96,7 +103,7 @@ RIGHT = """
     ```
 
     <!-- parsed only: needs a GPU -->
-    ```bash
+    ```bash .noeval
     a-command-that-is-not-there
     python recover.py --method lora \\
         --model smollm2 --text data/mine.txt

@@ -7,7 +7,9 @@ In a copy of the project, in order: each ```bash block by `bash -e`, from the co
 interpreter. ```py is quoted code and ``` without a language any text: neither is run. Comments (invisible on GitHub) say more:
 
     <!-- runs -->                          in the first five lines: every block, text and table of this page is checked
-    <!-- parsed only: no GPU here -->      before ```bash: the commands only go through the scripts' own parsers
+    <!-- parsed only: no GPU here -->      before ```bash .noeval: the commands only go through the scripts' own parsers; .noeval
+                                           is for jupytext: in a notebook the block is text, not a cell
+    <!-- --- jupyter: ... --- -->          near the top, over several lines: jupytext's header, which says that cells are Python
     <!-- printed -->                       before a table: the block above printed it; its columns may be some of those
     <!-- from results/NAME.md -->          before a table: the cells of each row stand, in that order, in one row of that page
     <!-- within 5 % --> <!-- within 2 points -->    before ```text or a printed table, below the other comment: how far numbers
@@ -35,7 +37,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # kind: bash, python, text, table. line: of its first line in the page. lines: its content. notes: {comment: its value}.
 Block = collections.namedtuple("Block", "kind line lines notes")
 NOTES = {  # comment -> its pattern; the first group is its value
-    "runs": r"(runs)", "printed": r"(printed)", "from": r"from (results/[\w-]+\.md)", "parsed only": r"parsed only: (\S.*)",
+    "runs": r"(runs)", "printed": r"(printed)", "from": r"from (results/[\w-]+\.md)", "parsed only": r"parsed only: (\S.*)", "notebook": r"--- jupyter: (.+) ---",
     "within": r"within (\d[\d.]* (?:%|points))"}
 TAKES = {"bash": {"parsed only"}, "python": set(), "text": {"within"}, "table": {"printed", "from", "within"}}
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -57,12 +59,13 @@ def pieces_of(text):
     while i < len(lines):
         start, line = i, lines[i]
         kind = next((kind for kind, sign in (("fence", "```"), ("table", "|"), ("comment", "<!--")) if line.startswith(sign)), "words")
-        inside = {"fence": lambda line: line != "```", "table": lambda line: line.startswith("|")}.get(kind, lambda line: False)
+        inside = {"fence": lambda line: line != "```", "table": lambda line: line.startswith("|"),
+                  "comment": lambda line: "-->" not in lines[i - 1]}.get(kind, lambda line: False)
         i += 1
         while i < len(lines) and inside(lines[i]):
             i += 1
         if kind == "fence":
-            yield line[3:].strip(), start + 2, lines[start + 1:i]
+            yield line[3:].removesuffix(" .noeval").strip(), start + 2, lines[start + 1:i]
             i += 1
         elif line.strip():
             yield kind, start + 1, lines[start:i]
@@ -73,11 +76,11 @@ def blocks_of(text):
     blocks, wrong, notes, before = [], [], {}, ""
     for kind, number, lines in pieces_of(text):
         if kind == "comment":
-            key, value = note_of(lines[0])
+            key, value = note_of(" ".join(lines))
             notes[key] = (value, number)
             continue
         wrong += [(at, f"this comment means nothing here: {value}") for key, (value, at) in notes.items()
-                  if key not in TAKES.get(kind, ()) and not (key == "runs" and at <= 5)]
+                  if key not in TAKES.get(kind, ()) and not (key in ("runs", "notebook") and at <= 5)]
         if kind == "text" and before not in ("bash", "python"):
             wrong.append((number - 1, "a ```text block stands directly behind the ```bash or ```python block that prints it"))
         if kind in TAKES:
@@ -88,7 +91,7 @@ def blocks_of(text):
 
 def note_of(line):
     """'<!-- within 5 % -->' -> ("within", "5 %"); an unknown comment -> (None, its words)."""
-    words = line.removeprefix("<!--").removesuffix("-->").strip()
+    words = " ".join(line.removeprefix("<!--").removesuffix("-->").split())
     found = {key: match[1] for key, pattern in NOTES.items() if (match := re.fullmatch(pattern, words))}
     return next(iter(found.items()), (None, words))
 
