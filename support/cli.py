@@ -136,7 +136,7 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
         "rank": (COUNT, 8, "LoRA's and EoRA's r"),
         "alpha": (POSITIVE, 16.0, "LoRA's scaling is alpha / r"),
         "targets": (items(TEXT), None, "LoRA, EoRA: names of linear layers, comma-separated; else PEFT's "
-                                       "defaults, for EoRA all"),
+                                       "defaults, for EoRA all. Many layers want a lower --lr"),
         "merge": (SWITCH, False, "LoRA, EoRA: rows for merged weights, also put back on grid or mask"),
         "m": (whole(2, 1000), 4, "prompts in a set"),
     },
