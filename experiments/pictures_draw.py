@@ -148,7 +148,7 @@ def latency(times):
             ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=SMALL)
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set_title(words, fontsize=NORMAL)
-        ax.set_xlabel("time by that of one cached prompt", fontsize=NORMAL)
+        ax.set_xlabel("time; one cached prompt = 1", fontsize=NORMAL)
         ax.margins(x=0.15)
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=SMALL)
     axes[0, 0].invert_yaxis()

@@ -58,7 +58,7 @@ def draw_attention(A, lengths, scores, chosen, words, layer):
         if k != chosen:
             kept[:, start:start + n] = torch.nan
     seen = A[~A.isnan()]
-    for ax, values, title in ((axes[0, 0], A, "1. Logits of each input token to prompts and input"),
+    for ax, values, title in ((axes[0, 0], A, "1. A, attention before its softmax, from each input token (mean over heads)"),
                               (axes[2, 0], kept, "3. After the mask: the prompt not chosen is not there")):
         image = ax.imshow(values.numpy(), cmap="cividis", aspect="auto", vmin=seen.min().item(),
                           vmax=seen.max().item())
@@ -138,7 +138,7 @@ def draw_choices(names, values, lengths):
 # --- 3. The data flow ---------------------------------------------------------------------------------------
 
 BOXES = {  # name -> centre x, centre y, width, height, colour, words
-    "prompts": (2.0, 5.3, 3.4, 0.9, "#f6d9c6", "prompts P_0 .. P_m-1\neach (n_k, d), trained"),
+    "prompts": (2.0, 5.3, 3.4, 0.9, "#f6d9c6", "prompts P_1 .. P_m\neach (n_k, d), trained"),
     "input": (6.0, 5.3, 3.4, 0.9, "#dddddd", "input\nB sequences of T tokens"),
     "bank": (2.0, 3.55, 3.4, 0.9, "#f6d9c6",
              "bank of every layer: keys, values\n(m, h_kv, N, d_k), and mean keys"),
