@@ -72,7 +72,9 @@ def damages_of(groups, load):
 def curves(cells):
     """What comes back against damage: a panel a load, a line a remedy, damages in order of what they take."""
     groups, loads = by_damage(cells), list(dict.fromkeys(cell.load for cell in cells))
-    fig, axes = canvas(len(loads), 4.8, 5)
+    most = max(len(damages_of(groups, load)) for load in loads)
+    fig, axes = canvas(len(loads), max(4.8, 0.65 * most), 5)
+    axes[0].set_ylim(-15, 110)                             # intervals of few seeds may reach beyond
     for ax, load in zip(axes, loads):
         damages = damages_of(groups, load)
         for k, remedy in enumerate(LOOKS):
@@ -88,7 +90,7 @@ def curves(cells):
         ax.set_xlabel("damage (facts lost, %)")
         ax.grid(alpha=0.3)
     if axes[-1].get_legend_handles_labels()[0]:
-        axes[-1].legend(frameon=False, fontsize=8)
+        axes[-1].legend(frameon=False, fontsize=8, loc="upper right")
     axes[0].set_ylabel("lost held-out facts that come back, %")
     fig.tight_layout()
     return fig
