@@ -58,7 +58,7 @@ def draw_attention(A, lengths, scores, chosen, words, layer):
         if k != chosen:
             kept[:, start:start + n] = torch.nan
     seen = A[~A.isnan()]
-    for ax, values, title in ((axes[0, 0], A, "1. A, attention before its softmax, from each input token (mean over heads)"),
+    for ax, values, title in ((axes[0, 0], A, "1. A, attention before its softmax (mean over heads)"),
                               (axes[2, 0], kept, "3. After the mask: the prompt not chosen is not there")):
         image = ax.imshow(values.numpy(), cmap="cividis", aspect="auto", vmin=seen.min().item(),
                           vmax=seen.max().item())

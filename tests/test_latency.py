@@ -117,14 +117,17 @@ def test_the_clock_counts_this_thread_alone():
 @pytest.mark.parametrize("layers", ["every", "first"])
 @pytest.mark.parametrize("scores", ["logits", "probabilities"])
 def test_what_a_choice_costs_on_paper_is_what_torch_counts(name, layers, scores):
-    """Matrix products that torch counts in a pass with a choice, less those with the prompt there already."""
+    """Matrix products that torch counts in a pass with a choice, less those with the prompt there already. One token is
+    hidden, since only then the mean query is such a product.
+    """
     model, T, lengths = tiny_model(name), 11, [3, 3, 3]
     ids = torch.randint(3, 97, (1, T), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] + [1] * (T - 1)])
     table = latency.variants(model, 3)
     bank = PromptBank.from_prompts(model, [torch.randn(n, model.config.hidden_size) for n in lengths])
     with torch.no_grad():
         with attach_idp(model, bank, layers=layers, scores=scores), FlopCounterMode(display=False) as chosen:
-            latency.plain(model, ids, None)
+            model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
         with FlopCounterMode(display=False) as prefix:
             table[latency.PREFIX][1](model, ids, None)
     expected = latency.choice_flops(model.config, T, 3, 9, layers, scores)
