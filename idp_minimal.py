@@ -188,7 +188,7 @@ class PromptCache(DynamicCache):
 
     @staticmethod
     def reserve(cache, bank, B):
-        """Make an empty cache, which the caller may hold, one of these: N columns a layer, not chosen yet."""
+        """Make an empty cache, the caller's, one of these: (B, h_kv, N, d_k) a layer, with nothing chosen."""
         for layer, (k, v) in enumerate(zip(bank.keys, bank.values)):
             cache.update(k.new_zeros(B, *k.shape[1:]), v.new_zeros(B, *v.shape[1:]), layer)
             cache.layers[layer].choice = ()
