@@ -136,13 +136,12 @@ def run_child(main, argv, operations, write, seconds):
         os._exit(code)
 
 
-def kills(main, argv, prepare=lambda: None, most=300, step=1):
+def kills(main, argv, prepare=lambda: None, most=300):
     """Yields 1, 2, ...: main(argv) was killed just before that file operation. Ends with an unkilled run.
 
-    prepare: called before each run. step: of the operations every step-th is tried. Raises AssertionError when the
-    unkilled run fails, or there is no end.
+    prepare: called before each run. Raises AssertionError when the unkilled run fails, or there is no end.
     """
-    for last in range(1, most, step):
+    for last in range(1, most):
         prepare()
         code, text = run_forked(main, argv, last)
         if code != KILLED:
