@@ -17,12 +17,12 @@ LOOKS = {  # remedy -> (colour, line style, marker): a method keeps its colour a
 }
 
 
-def canvas(panels, width, height):
-    """A figure with panels side by side. -> (figure, axes)."""
+def canvas(width, height, panels=1):
+    """A figure with panels one above the other, on the same axes. -> (figure, axes)."""
     plt = pyplot()
-    fig, axes = plt.subplots(1, panels, figsize=(width * panels, height), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(panels, figsize=(width, height), squeeze=False, sharex=True, sharey=True)
     plt.close(fig)
-    return fig, axes[0]
+    return fig, axes[:, 0]
 
 
 def mean_and_ends(values):
@@ -42,7 +42,7 @@ def line(ax, x, shares, remedy, shift=0, **look):
 
 def calibration(cells):
     """Planted damage: the share that is reported against the share that is there."""
-    fig, axes = canvas(1, 6, 4.6)
+    fig, axes = canvas(6, 4.6)
     ax, groups = axes[0], sorted(by_damage(cells).values(), key=lambda some: some[0].damage[1]["share"])
     ax.plot([0, 100], [0, 100], color="0.6", linewidth=0.8)
     ax.text(24, 30, "reported = planted", color="0.4", fontsize=8, rotation=35)
@@ -63,36 +63,40 @@ def calibration(cells):
     return fig
 
 
-def damages_of(groups, load):
-    """[(name, cells)] of the damages of a load that lost enough, the mildest first."""
-    some = [(name, cells) for (own, name), cells in groups.items() if own == load and best(cells)]
-    return sorted(some, key=lambda item: statistics.fmean(lost_share(item[1][0])))
+def damages_of(groups):
+    """[(name, {load: cells})] of the damages that took enough at some load, those that take least first."""
+    names = dict.fromkeys(name for (_, name), cells in groups.items() if best(cells))
+    by_load = {name: {load: cells for (load, own), cells in groups.items() if own == name} for name in names}
+    lost = lambda loads: statistics.fmean(share for cells in loads.values() for share in lost_share(cells[0]))
+    return sorted(by_load.items(), key=lambda item: lost(item[1]))
 
 
 def curves(cells):
     """What comes back against damage: a panel a load, a line a remedy, damages in order of what they take."""
-    groups, loads = by_damage(cells), list(dict.fromkeys(cell.load for cell in cells))
-    most = max(len(damages_of(groups, load)) for load in loads)
-    fig, axes = canvas(len(loads), max(4.8, 0.65 * most), 5)
-    axes[0].set_ylim(-15, 110)                             # intervals of few seeds may reach beyond
+    damages, loads = damages_of(by_damage(cells)), list(dict.fromkeys(cell.load for cell in cells))
+    fig, axes = canvas(max(6, 2.4 + 0.6 * len(damages)), 1.8 + 2.9 * len(loads), len(loads))
+    axes[0].set_ylim(-15, 122)                             # intervals of few seeds may reach beyond
+    axes[0].set_yticks(range(0, 101, 20))
     for ax, load in zip(axes, loads):
-        damages = damages_of(groups, load)
+        here = [(x, some[load]) for x, (_, some) in enumerate(damages) if load in some]
         for k, remedy in enumerate(LOOKS):
-            points = [(x, returned(cell)) for x, (_, some) in enumerate(damages)
-                      if (cell := find(some, remedy))]
+            found = [(x, returned(cell)) for x, some in here if (cell := find(some, remedy))]
+            points = [(x, shares) for x, shares in found if shares]
             if points:
-                line(ax, *zip(*points), remedy, 0.05 * k - 0.1)
-        names = [f"{name} ({100 * statistics.fmean(lost_share(some[0])):.0f})" for name, some in damages]
-        ax.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+                line(ax, *zip(*points), remedy, 0.05 * k - 0.18)
+        for x, some in here:
+            ax.text(x, 112, f"{100 * statistics.fmean(lost_share(some[0])):.0f}", ha="center", fontsize=8)
         for level in (0, DISPLACED, FORGOTTEN):
             ax.axhline(100 * level, color="0.6", linewidth=0.8, linestyle=(0, (1, 2)))
-        ax.set_title(f"{load} people per domain", fontsize=10)
-        ax.set_xlabel("damage (facts lost, %)")
+        ax.set_title(f"{load} people per domain; above: facts lost, %", fontsize=10)
+        ax.set_ylabel("comes back, %")
         ax.grid(alpha=0.3)
-    if axes[-1].get_legend_handles_labels()[0]:
-        axes[-1].legend(frameon=False, fontsize=8, loc="upper right")
-    axes[0].set_ylabel("lost held-out facts that come back, %")
+    axes[-1].set_xticks(range(len(damages)), [name for name, _ in damages], rotation=45, ha="right")
     fig.tight_layout()
+    lines = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    if lines:
+        fig.subplots_adjust(top=1 - 0.9 / fig.get_figheight())
+        fig.legend(lines.values(), lines, frameon=False, fontsize=8, ncol=4, loc="upper center")
     return fig
 
 
@@ -100,7 +104,7 @@ def phases(cells):
     """Load x damage, coloured by what the best remedy brings back and marked by which it is."""
     groups, loads = by_damage(cells), list(dict.fromkeys(cell.load for cell in cells))
     names = list(dict.fromkeys(name for (_, name), some in groups.items() if some[0].damage))
-    fig, (ax, *_) = canvas(1, 2.8 + 1.6 * len(loads), 1.4 + 0.45 * len(names))
+    fig, (ax, *_) = canvas(2.8 + 1.6 * len(loads), 1.4 + 0.45 * len(names))
     winners = {key: one for key, some in groups.items() if (one := best(some))}
     mean = lambda one: 100 * statistics.fmean(returned(one)) if one else float("nan")
     shares = [[mean(winners.get((load, name))) for load in loads] for name in names]
@@ -111,7 +115,7 @@ def phases(cells):
             if one is None:
                 some = groups.get((load, name))
                 lost = some and any(returned(cell) is None for cell in some)
-                words = "not run" if some is None else "nothing lost" if lost else "no trained remedy"
+                words = "not run" if some is None else "too few lost" if lost else "no trained remedy"
                 ax.text(x, y, words, ha="center", va="center", fontsize=8, color="0.5")
                 continue
             color = "white" if shares[y][x] < 55 else "black"

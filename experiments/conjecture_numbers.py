@@ -95,13 +95,13 @@ def verdict_of(cells):
     """
     shares = [returned(cell) for cell in cells if is_evidence(cell.remedy)]
     if None in shares:
-        return "nothing lost"
+        return "too few lost"
     return verdict([mean_ci95(values) for values in shares])
 
 
 def best(cells):
     """The remedy, trained on facts, that brings most back, of those that are evidence. -> Cell, or None when
-    nothing was lost.
+    too little was lost.
     """
     some = [cell for cell in cells if cell.text == "facts" and is_evidence(cell.remedy) and returned(cell)]
     return max(some, key=lambda cell: statistics.fmean(returned(cell)), default=None)
@@ -177,7 +177,7 @@ def lost_share(cell):
 
 
 def mean_returned(cells):
-    """Mean over damages of what came back, one a seed that all of them have; None where nothing was lost."""
+    """Mean over damages of what came back, one a seed that all of them have; None where too few are lost."""
     some = [cell for cell in cells if returned(cell) is not None]
     seeds = [seed for seed in some[0].outcomes if all(seed in cell.outcomes for cell in some)] if some else []
     by_seed = [dict(zip(cell.outcomes, returned(cell))) for cell in some]
@@ -230,7 +230,7 @@ def dial_table(cells, load):
                      percent([corrected(value) for value in each_seed(one, "shown_returned", "shown_lost")]),
                      percent(each_seed(one, "newly_lost", "kept")), f"{100 * max(low):.0f}" if low else "-",
                      percent(eora and returned(eora)), verdict_of(some)])
-    rest = f"\n\nNothing lost (fewer than {ENOUGH} facts in some seed): {', '.join(none)}." if none else ""
+    rest = f"\n\nToo few lost (fewer than {ENOUGH} facts in some seed): {', '.join(none)}." if none else ""
     return markdown(head, rows) + rest
 
 

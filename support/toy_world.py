@@ -213,7 +213,7 @@ def train(model, tokenizer, steps=2000, batch_size=48, lr=3e-3, seed=SEED, count
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
     return loss.item()
 

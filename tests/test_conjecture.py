@@ -201,7 +201,7 @@ def test_the_verdict_on_cells():
     assert verdict_of([cell(none), cell(high, "trigger", text=None)]) == "forgotten", "no remedy has the trigger"
     assert verdict_of([cell(none), cell(high, "eora 8")]) == "forgotten", "it is made of the dense weights"
     few = cell(high, lost=conjecture_numbers.ENOUGH - 1)
-    assert verdict_of([few]) == "nothing lost" and returned(few) is None
+    assert verdict_of([few]) == "too few lost" and returned(few) is None
 
 
 def test_paired_by_person():
@@ -222,8 +222,15 @@ def test_report_and_figures_of_many_seeds():
              for remedy, text in (("prompt 16", "facts"), ("lora 8", "facts"), ("lora 8", "nobody"))
              if (load, damage) != (120, DAMAGES[1])]
     text = conjecture_numbers.report("dials", cells)
-    assert "| displaced |" in text and "| forgotten |" in text and "Nothing lost" in text and "Holm" in text
-    assert set(figures("dials", cells)) == {"dials.png", "phases.png"}
+    assert "| displaced |" in text and "| forgotten |" in text and "Too few lost" in text and "Holm" in text
+    drawn = figures("dials", cells)
+    assert set(drawn) == {"dials.png", "phases.png"}
+    panels = drawn["dials.png"].axes                       # a damage that took too little anywhere has no place
+    assert [ax.get_title().split()[0] for ax in panels] == ["120", "240"]
+    names = [tick.get_text() for tick in panels[1].get_xticklabels()]
+    assert names == [damage_name(damage) for damage in (DAMAGES[1], DAMAGES[0])]   # 64 % and 67 %
+    places = [[list(map(round, line.get_xdata())) for line in ax.lines if line.get_marker() == "D"] for ax in panels]
+    assert places == [[[1]], [[0, 1]]]                     # the same damage stands in the same place
     planted = [cell(shares, remedy, text=kind, damage=("planted", {"share": share}))
                for share, shares in ((0.0, none), (1.0, high))
                for remedy, kind in (("trigger", None), ("prompt 16", "facts"), ("prompt 16", "nobody"))]
@@ -319,5 +326,5 @@ def test_uncompressed_cells_alone_have_no_phase_diagram():
 
 
 def test_a_remedy_that_is_no_evidence_does_not_make_nothing_lost():
-    assert "Nothing lost" not in conjecture_numbers.dial_table([cell([0.5, 0.6], remedy="eora 8")], 240)
-    assert "Nothing lost" in conjecture_numbers.dial_table([cell([0.5, 0.6], lost=3)], 240)
+    assert "Too few lost" not in conjecture_numbers.dial_table([cell([0.5, 0.6], remedy="eora 8")], 240)
+    assert "Too few lost" in conjecture_numbers.dial_table([cell([0.5, 0.6], lost=3)], 240)

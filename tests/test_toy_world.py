@@ -128,13 +128,14 @@ def test_the_folder_is_small_and_needs_no_project_code(toy):
     assert "auto_map" not in (models.TOY / "config.json").read_text()
 
 
-def test_training_repeats_and_learns():
+def test_training_repeats_learns_and_is_quiet_in_a_log_file(capsys):
     """A few steps twice from the same seed: the same loss, and lower than at the start."""
     tokenizer, losses = toy_world.build_tokenizer(), []
     for steps in (3, 3, 40):
         model = toy_world.build_model(len(tokenizer), width=32, layers=1)
         losses.append(toy_world.train(model, tokenizer, steps=steps, batch_size=4))
     assert losses[0] == losses[1] and losses[2] < losses[0] - 0.5
+    assert capsys.readouterr().err == ""
 
 
 def test_training_rows_begin_at_sentences(toy):
