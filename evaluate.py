@@ -38,7 +38,7 @@ import torch
 
 from idp_minimal import CACHE, IDP
 from methods.registry import load_adapter
-from support.cli import UserError, parse_flags, refuse_given, run
+from support.cli import UserError, fill_in, parse_flags, refuse_given, run
 from support.data import check_text, detokenize, encode, first_token, load_documents, load_tasks, load_text
 from support.files import finite
 from support.output import claim, json_text
@@ -280,8 +280,7 @@ def parse(argv=None):
     if args.compare:
         refuse_given(args, TAKES, "--compare reads two runs and takes no other flag; leave it out")
         return args
-    args.eval_text = args.text if args.eval_text is None else args.eval_text
-    args.eval_seqlen = (64 if args.toy else 512) if args.eval_seqlen is None else args.eval_seqlen
+    fill_in(args, {"eval_text": args.text, "eval_seqlen": 64 if args.toy else 512})
     check_context(args)
     check_text(args.eval_text, "--eval-text")
     return args

@@ -40,7 +40,7 @@ from methods.rounding import Grid
 from support import packing
 from support.architectures import check_room, pick_device
 from support.checkpoint import Checkpoint, put_back
-from support.cli import UserError, flag_of, parse_flags, refuse_given, run, say
+from support.cli import UserError, fill_in, flag_of, parse_flags, refuse_given, run, say
 from support.data import check_text, load_tasks, load_text
 from support.models import load_model
 from support.output import claim
@@ -198,10 +198,7 @@ def refuse_without_dense(args):
 
 def fill_evaluation(args):
     """Evaluation flags that follow others when they are not given."""
-    others = {"eval_text": args.text, "eval_seqlen": args.train_seqlen, "eval_chunks": args.limit}
-    for name, other in others.items():
-        if getattr(args, name) is None:
-            setattr(args, name, other)
+    fill_in(args, {"eval_text": args.text, "eval_seqlen": args.train_seqlen, "eval_chunks": args.limit})
     evaluate.check_context(args)
 
 

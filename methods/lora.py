@@ -201,7 +201,7 @@ def read_lora(model, config, folder):
 def layers_in(file, linears):
     """Names of the layers of which a file holds both halves. Raises UserError for any other tensor."""
     found = set()
-    for tensor in file.names():
+    for tensor in file.names:
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", tensor)
         if not match or match[1] not in linears:
             raise UserError(f"{file.where}: has no place for {tensor[:120]}: here LoRA sits on linear layers "

@@ -9,7 +9,7 @@ import json
 import torch
 
 from support.cli import Kept, UserError
-from support.files import Fields, Tensors, number, or_null, parse_json, whole_number
+from support.files import Tensors, number, or_null, parse_json, whole_number
 from support.recipe import difference
 
 MOMENTS = ("exp_avg", "exp_avg_sq")                        # Adam's, under torch's names
@@ -45,8 +45,7 @@ class Checkpoint:
         if not path.exists():
             return 0, None
         with Tensors(path, "--resume") as file:
-            told = parse_json(file.metadata.get("training", ""), f"--resume {path}")
-            training = Fields(told, path, "--resume")
+            training = parse_json(file.metadata.get("training", ""), path, "--resume")
             changed = difference(training.within("recipe").obj, self.recipe)
             if changed:
                 raise UserError(f"--resume: the run in {self.out.path} is another one: {changed}; use the "

@@ -72,19 +72,14 @@ def not_empty(text):
     return os.path.expanduser(text)
 
 
-def n_of_m(text):
-    """'2:4' as it is; ValueError for anything but N:M with 0 < N < M."""
-    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
-    if not found or not 0 < int(found[1]) < int(found[2]):
-        raise ValueError(text)
-    return text
-
-
-def shard(text):
-    """'2/5' as it is; ValueError for anything but I/N with 1 <= I <= N."""
-    i, n = map(int, text.split("/"))
-    inside(i, 1, inside(n, 1, 10**4))
-    return f"{i}/{n}"
+def pair(mark, gap, words):
+    """Two whole numbers with a mark between, as 2:4; the first from 1, the second larger by at least gap."""
+    def read(text):
+        """'2:4' as it is."""
+        low, high = map(int, text.split(mark))
+        inside(low, 1, inside(high, 1, 10**4) - gap)
+        return f"{low}{mark}{high}"
+    return Kind(read, words)
 
 
 TEXT = Kind(not_empty, "a name or a path, not empty")
@@ -120,7 +115,7 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
         "percdamp": (real(TINY, 10, "a number above 0, at most 10"), 0.01,
                      "damping of H, relative to the mean of its diagonal"),
         "sparsity": (real(0, 0.9999, "a number from 0 to below 1"), None, "share of zeros; 0.6 (toy) or 0.5"),
-        "pattern": (Kind(n_of_m, "N:M with 0 < N < M, for example 2:4"), None,
+        "pattern": (pair(":", 1, "N:M with 0 < N < M, for example 2:4"), None,
                     "keep N of every M inputs, instead of --sparsity"),
         "nsamples": (whole(1, 10**5), 32, "calibration chunks"),
         "seqlen": (whole(2, 10**6), None, "tokens per calibration chunk; 64 (toy) or 512"),
@@ -175,7 +170,7 @@ TABLE = {  # group in --help -> {name: (kind, default, help)}
     },
     "output": {
         "out": (TEXT, None, "folder for what is written: new or empty"),
-        "shard": (Kind(shard, "I/N with 1 <= I <= N"), None,
+        "shard": (pair("/", 0, "I/N with 1 <= I <= N"), None,
                   "measure every N-th row, from the I-th on, into an --out that all N runs share"),
     },
 }
@@ -302,14 +297,12 @@ def refuse_given(args, names, why):
 def check_limits(**settings):
     """Raise UserError for a setting of a function call that its flag would refuse. None is no value."""
     for name, value in settings.items():
-        kind = FLAGS[name].kind
-        if value is None or kind is SWITCH:
-            continue
-        try:
-            kind.read(str(value))
-        except (ValueError, TypeError):
-            raise UserError(f"{flag_of(name)} {value}: must be {kind.words}; "
-                            f"use for example {shown(FLAGS[name].default)}") from None
+        flag = FLAGS[name]
+        if value is not None and flag.kind is not SWITCH:
+            try:
+                reader(flag.kind, flag.default)(str(value))
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"{flag_of(name)} {error}") from None
 
 
 # --- 4. Running a script: what ends it, in one line ---------------------------------------------------------
@@ -319,13 +312,9 @@ class Kept:
     words = "nothing was written"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: ends a run as Ctrl-C does, so that what is half written is cleared away."""
-
-
-def terminate(signum, frame):
-    """The handler of SIGTERM."""
-    raise Terminated
+def terminate(number, frame):
+    """SIGTERM ends a run as Ctrl-C does, so that what is half written is cleared away."""
+    raise KeyboardInterrupt(number)
 
 
 def say(kind, words):
@@ -368,7 +357,7 @@ def run(main):
         print(end="", flush=True)                          # a pipe that has closed shows here, not at exit
     except KeyboardInterrupt as error:
         say("interrupted", Kept.words)
-        sys.exit(143 if isinstance(error, Terminated) else 130)
+        sys.exit(143 if error.args else 130)
     except BrokenPipeError:                                # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

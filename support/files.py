@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from support.cli import UserError
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # one cannot compute in eight bits
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+         "U8": torch.uint8, "I32": torch.int32}            # by safetensors' names
 MAX_JSON = 2**28                           # bytes; the largest we write ourselves (items.json) is far smaller
 
 
@@ -60,27 +62,25 @@ def no_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_json(text, where):
-    """JSON text -> object. where: flag, path and line, for the message. Raises UserError."""
+def parse_json(text, path, flag):
+    """JSON text of one object -> Fields. path: of the file, and where in it. Raises UserError."""
+    where = f"{flag} {path}"
     try:
         obj = json.loads(text, parse_constant=no_constant)
         # "\ud800" is half a character, which no tokenizer takes; 1e999 is read as infinity
         json.dumps(obj, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        return obj
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply; it was not written by this project") from None
     except UnicodeEncodeError:
         raise UserError(f"{where}: holds half a character, a lone surrogate; remove it") from None
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({error}); write it again") from None
+    return Fields(obj, path, flag)
 
 
 def read_fields(path, flag):
     """The object in a JSON file, as Fields. Raises UserError for anything else."""
-    obj = parse_json(read_text(path, flag, MAX_JSON), f"{flag} {path}")
-    if not isinstance(obj, dict):
-        raise UserError(f"{flag} {path}: holds a {type(obj).__name__}, not an object; name another file")
-    return Fields(obj, path, flag)
+    return parse_json(read_text(path, flag, MAX_JSON), path, flag)
 
 
 def read_jsonl(path, flag):
@@ -89,10 +89,7 @@ def read_jsonl(path, flag):
     # splitlines() would also cut at U+2028 in a string
     for number, line in enumerate(read_text(path, flag).split("\n"), 1):
         if line.strip():
-            row = parse_json(line, f"{flag} {path}: line {number}")
-            if not isinstance(row, dict):
-                raise UserError(f"{flag} {path}: line {number} is not an object; write one object a line")
-            rows.append(row)
+            rows.append(parse_json(line, f"{path}: line {number}", flag).obj)
     if not rows:
         raise UserError(f"{flag} {path}: the file has no rows; write one JSON object a line")
     return rows
@@ -106,6 +103,8 @@ class Fields:
 
     def __init__(self, obj, path, flag):
         self.obj, self.where = obj, f"{flag} {path}"
+        if not isinstance(obj, dict):
+            raise UserError(f"{self.where}: holds a {type(obj).__name__}, not an object; name another file")
 
     def __call__(self, key, rule, *default):
         """The value of `key`, or the default if it is absent. Raises UserError when it breaks the rule."""
@@ -168,9 +167,8 @@ class Tensors:
     def __enter__(self):
         try:
             self.file = safe_open(self.path, "pt")
-            self.open = self.file.__enter__()
-            self.metadata = self.open.metadata() or {}
-            self.found = dict.fromkeys(self.open.keys())
+            self.metadata = self.file.metadata() or {}
+            self.names = dict.fromkeys(self.file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.where}: cannot be read ({str(error)[:120]}); "
                             "write or download it again") from error
@@ -179,41 +177,29 @@ class Tensors:
     def __exit__(self, *error):
         self.file.__exit__(*error)
 
-    def names(self):
-        """Every tensor's name."""
-        return list(self.found)
-
-    def shape(self, name):
-        """The shape of a tensor, from the header. Raises UserError when there is none of that name."""
-        if name not in self.found:
+    def form(self, name):
+        """A tensor's shape and type ("F32" say), from the header. Raises UserError when there is none."""
+        if name not in self.names:
             raise UserError(f"{self.where}: lacks {name}; write or download it again")
-        return tuple(self.open.get_slice(name).get_shape())
+        part = self.file.get_slice(name)
+        return tuple(part.get_shape()), part.get_dtype()
 
-    def kind(self, name):
-        """The type of a tensor as safetensors calls it, "F32" say, from the header."""
-        return self.open.get_slice(name).get_dtype()
-
-    def read(self, name, shape=None, dtypes=None, finite=True):
-        """A tensor of this shape and one of these dtypes (any floating one when absent), finite numbers."""
-        found = self.shape(name)
-        if shape is not None and found != tuple(shape):
+    def read(self, name, shape, dtypes=FLOATING):
+        """A tensor of this shape and one of these dtypes, all its numbers finite. Raises UserError."""
+        found, kind = self.form(name)
+        if found != tuple(shape):
             raise UserError(f"{self.where}: {name} is {found}, and {tuple(shape)} is needed; "
                             "it belongs to another model or other settings")
-        try:
-            tensor = self.open.get_tensor(name)
-        except Exception as error:                         # types that this version of torch does not have
-            raise UserError(f"{self.where}: {name} cannot be read ({str(error)[:120]}); "
-                            "it was not written by this project") from error
-        if tensor.dtype not in (dtypes or FLOATING):
-            raise UserError(f"{self.where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; "
-                            "it was not written by this project")
-        if finite and tensor.is_floating_point() and not all_finite(tensor):
+        if TYPES.get(kind) not in dtypes:
+            raise UserError(f"{self.where}: {name} holds {kind}; it was not written by this project")
+        tensor = self.file.get_tensor(name)
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise UserError(f"{self.where}: {name} holds numbers that are not finite; make it again")
         return tensor
 
     def exactly(self, names):
         """Raise UserError when tensors are missing or left over."""
-        wanted, found = set(names), set(self.found)
+        wanted, found = set(names), set(self.names)
         wrong = [f"{words} {min(left)}" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
                  for words, left in (("lacks", wanted - found), ("has no place for", found - wanted)) if left]
         if wrong:

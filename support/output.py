@@ -14,7 +14,6 @@ import pathlib
 import re
 import secrets
 import shutil
-import sys
 
 from safetensors.torch import save_file
 
@@ -120,18 +119,15 @@ def resolve(out):
     try:
         path = pathlib.Path(out).expanduser().resolve()
         str(path).encode("utf-8")                          # safetensors and tokenizers take no other names
-        if path.is_symlink():                              # Python 3.13 says nothing of a loop
-            raise UserError(f"--out {out}: cannot be made (a link that leads to itself); name another folder")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {out}: is a file; name a new folder")
-        if path == pathlib.Path.cwd() or path.is_mount() or not path.name:
-            raise UserError(f"--out {out}: is the current folder, or a whole disk; name a new folder in it")
+        taken = path.is_symlink() or path.exists() and not path.is_dir()     # a link: Python 3.13, of a loop
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"--out {out}: cannot be made ({why(error)}); name another folder") from error
+    if taken:
+        raise UserError(f"--out {out}: is no folder; name a new one")
+    if path == pathlib.Path.cwd() or path.is_mount() or not path.name:
+        raise UserError(f"--out {out}: is the current folder, or a whole disk; name a new folder in it")
+    return path
 
 
 @contextlib.contextmanager
@@ -140,7 +136,7 @@ def locked(path, out, part=""):
     lock = path.with_name(f".{path.name}{part and '.' + part}.lock")
     temporary = lock.with_name(f"{lock.name.removesuffix('lock')}{secrets.token_hex(8)}.tmp")
     try:
-        file = open(lock, "a+", encoding="utf-8")
+        file = open(lock, "a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"--out {out}: {lock.parent} cannot be written to ({why(error)}); name another "
                         "folder") from error
@@ -148,21 +144,12 @@ def locked(path, out, part=""):
         take(file, lock, out)
         clear_leftover(file, lock, out)
         try:
-            make_temporary(temporary, file, out)
+            os.write(file.fileno(), f"{os.getpid()} {temporary.name}".encode())
+            temporary.mkdir()                    # first the name, then the folder: a kill leaves no orphan
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             lock.unlink(missing_ok=True)
-
-
-def make_temporary(temporary, file, out):
-    """This run's temporary folder, and its name in the lock file. Raises UserError."""
-    try:
-        note = json.dumps({"process": os.getpid(), "command": sys.argv, "temporary": temporary.name})
-        os.write(file.fileno(), note.encode())   # first the name, then the folder: a kill leaves no orphan
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({why(error)}); name another folder") from error
 
 
 def take(file, lock, out):
@@ -175,29 +162,22 @@ def take(file, lock, out):
     except OSError:
         alone = False
     if not alone:
-        raise UserError(f"--out {out}: another run is writing there ({holder(file)}); wait, or name another")
+        raise UserError(f"--out {out}: another run is writing there (process {note(file, lock)[0]}); wait, "
+                        "or name another")
 
 
-def holder(file):
-    """Who wrote a lock file, in words."""
+def note(file, lock):
+    """What a lock file says: (its run's process, its temporary folder); ("?", None) if it is not ours."""
     file.seek(0)
-    try:
-        return f"process {json.loads(file.read())['process']}"
-    except (ValueError, KeyError, TypeError):
-        return "it has just begun"
+    stem = re.escape(lock.name.removesuffix("lock"))
+    found = re.fullmatch(f"([0-9]+) ({stem}[0-9a-f]{{16}}[.]tmp)", file.read())
+    return found.groups() if found else ("?", None)
 
 
 def clear_leftover(file, lock, out):
     """Remove the temporary folder of a killed run, which its lock file names. Raises UserError."""
-    try:
-        file.seek(0)
-        text = file.read()
-        left = json.loads(text)["temporary"] if text else None
-        stem = re.escape(lock.name.removesuffix("lock"))
-        ours = not text or bool(re.fullmatch(stem + "[0-9a-f]{16}[.]tmp", left))
-    except (ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
+    _, left = note(file, lock)
+    if not left and lock.stat().st_size:
         raise UserError(f"--out {out}: {lock} was not written by this program; name another folder")
     if left:
         shutil.rmtree(lock.with_name(left), ignore_errors=True)

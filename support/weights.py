@@ -4,7 +4,6 @@ A stranger's folder can hang, fill the memory, run code or load random numbers i
 its weights' headers and its reports are checked first, and each mistake is one line that names --model, the
 file and the fix.
 """
-import json
 import math
 import pathlib
 import re
@@ -14,9 +13,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from support.architectures import ARCHS
-from support.cli import FLAGS, SWITCH, UserError, check_limits, flag_of
+from support.cli import UserError
 from support.files import (
-    OBJECT, STRING, Tensors, list_of, number, one_of, or_null, read_fields, whole_number)
+    FLOATING, OBJECT, STRING, TYPES, Tensors, list_of, one_of, or_null, read_fields, whole_number)
 
 
 # --- 1. transformers, called safely -------------------------------------------------------------------------
@@ -41,13 +40,7 @@ def from_pretrained(kind, source, name, **extra):
 
 # --- 2. A folder, looked at before transformers does --------------------------------------------------------
 
-LAYERS = ("num_hidden_layers", "n_layer")
-WIDTHS = ("hidden_size", "n_embd")
-HEADS = ("num_attention_heads", "n_head")
-SIZES = (*WIDTHS, *HEADS, "intermediate_size", "ffn_dim", "word_embed_proj_dim", "num_key_value_heads",
-         "head_dim", "vocab_size", "max_position_embeddings", "n_positions", "n_inner", "sliding_window")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-FLOATS = ("F64", "F32", "F16", "BF16")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 # Tensors that old checkpoints hold and no model reads: masks and frequencies that are computed today.
@@ -69,34 +62,24 @@ def check_folder(path, name):
             several = isinstance(fields.obj.get(key), list)
             fields(key, list_of(whole_number(0, 10**7)) if several else or_null(whole_number(-1, 10**7)))
     check_index(path / "model.safetensors.index.json")
-    packed = (path / "packed.safetensors").exists()
-    check_weights(path, config, packed)
     if (path / "compression.json").exists():
         return read_compression(path / "compression.json")
-    if packed or (path / "compression.grids").exists():
+    if any((path / file).exists() for file in ("packed.safetensors", "compression.grids")):
         raise UserError(f"--model {name}: has lost the compression.json of compress.py; write it again")
     return {}
 
 
 def check_config(config, name):
-    """Refuse sizes that no model has, and heads that do not share out the width. config: of config.json."""
+    """Refuse what transformers would take, or take very long over. config: of config.json.
+
+    Other sizes are refused when the model is described (skeleton) and compared with the weights.
+    """
     config("model_type", one_of(*ARCHS))
-    given = {key: value for key, value in config.obj.items() if value is not None}
-    for key in LAYERS:
+    for key in ("num_hidden_layers", "n_layer"):
         config(key, whole_number(1, 1000), None)
-    for key in SIZES:
-        if key in given:
-            config(key, whole_number(1, 10**7))
-    if "quantization_config" in given:
+    config("sliding_window", or_null(whole_number(1, 10**7)), None)
+    if config.obj.get("quantization_config") is not None:
         raise UserError(f"--model {name}: quantized by another tool (quantization_config); give a dense one")
-    width, heads = (next((given[key] for key in keys if key in given), None) for keys in (WIDTHS, HEADS))
-    groups = given.get("num_key_value_heads")
-    if width and heads and "head_dim" not in given and width % heads:
-        raise UserError(f"{config.where}: {heads} attention heads do not share out a width of {width}; give "
-                        "the config.json that belongs to the weights")
-    if heads and groups and heads % groups:
-        raise UserError(f"{config.where}: {groups} num_key_value_heads do not divide {heads} attention "
-                        "heads; give the config.json that belongs to the weights")
 
 
 def check_index(index):
@@ -113,27 +96,13 @@ def tensors_in(path):
     found = {}
     for file in sorted(path.glob("*.safetensors")):
         with Tensors(file, "--model") as opened:
-            found.update({name: (opened.shape(name), opened.kind(name)) for name in opened.names()})
+            found.update({name: opened.form(name) for name in opened.names})
     return found
 
 
-def check_weights(path, config, packed):
-    """Refuse weights that are not floating point, and more layers than tensors. config: of config.json."""
-    found = tensors_in(path)
-    for name, (_, kind) in found.items():
-        if kind not in FLOATS and not packed and not COMPUTED.search(name):
-            raise UserError(f"--model {path}: {name} is {kind}, not floating point; give the dense original")
-    layers = max(config.obj.get(key) or 1 for key in LAYERS)
-    if found and layers > len(found):                      # before a model of that many layers is built
-        raise UserError(f"{config.where}: describes {layers} layers, and the folder holds {len(found)} "
-                        "tensors; give the config.json that belongs to the weights")
-
-
-REPORT = {  # what compression.json holds, and what it may be
+REPORT = {  # what is read of compression.json, and what it may be
     "compressor": STRING, "base_model": STRING, "weight_bytes": whole_number(1, 2**50),
-    "mean_error": number(0, 1e6), "calibration": OBJECT, "settings": OBJECT,
-    "layers": (lambda value: isinstance(value, dict) and len(value) > 0
-               and all(isinstance(row, dict) for row in value.values()), "an object, a layer a key")}
+    "calibration": OBJECT, "settings": OBJECT}
 
 
 def read_compression(path):
@@ -141,22 +110,7 @@ def read_compression(path):
     fields = read_fields(path, "--model")
     for key, rule in REPORT.items():
         fields(key, rule)
-    for key in ("nsamples", "seqlen"):
-        fields.within("calibration")(key, whole_number(1, 10**7))
-    for key, value in fields.obj["settings"].items():
-        check_setting(key, value, path)
     return fields.obj
-
-
-def check_setting(key, value, path):
-    """Refuse a compressor's setting that its flag would refuse."""
-    switch = key in FLAGS and FLAGS[key].kind is SWITCH
-    try:
-        if switch and not isinstance(value, bool) or isinstance(value, (dict, list)):
-            raise UserError(f"{flag_of(key)} {json.dumps(value)[:60]}: not what it takes; write it again")
-        check_limits(**{key: value} if key in FLAGS and not switch else {})
-    except UserError as error:
-        raise UserError(f"--model {path}: settings: {error}") from None
 
 
 # --- 3. Weights ---------------------------------------------------------------------------------------------
@@ -171,13 +125,17 @@ def skeleton(config, name):
                         "give the one that belongs to the weights") from error
 
 
-def check_size(empty, path):
-    """Refuse a config.json that describes far more numbers than the files hold, before memory is asked for.
+def check_weights(empty, path):
+    """Refuse weights that are not floating point, and a config.json that describes far more than there are.
 
     Twice as many: an embedding may stand for a head that is missing, and is then named, see check_report.
     """
+    found = tensors_in(path)
+    for name, (_, kind) in found.items():
+        if TYPES.get(kind) not in FLOATING and not COMPUTED.search(name):
+            raise UserError(f"--model {path}: {name} is {kind}, not floating point; give the dense original")
     described = sum(parameter.numel() for parameter in empty.parameters())
-    stored = sum(math.prod(shape) for shape, _ in tensors_in(path).values())
+    stored = sum(math.prod(shape) for shape, _ in found.values())
     if stored and described > 2 * stored:
         raise UserError(f"--model {path}: its config.json describes {described:,} weights, and its files "
                         f"hold {stored:,}; they belong to different models")
