@@ -20,7 +20,8 @@ from support import packing
 from support.architectures import arch_of, pick_dtype
 from support.cli import UserError
 from support.files import all_finite, user_path
-from support.weights import SPECIAL, check_folder, check_report, check_weights, from_pretrained, skeleton
+from support.weights import (
+    SPECIAL, check_folder, check_hub, check_report, check_weights, from_pretrained, skeleton)
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()      # bars are for people, here and in transformers
@@ -112,6 +113,8 @@ def read_weights(source, name, config, dtype, extra):
         if (source / "packed.safetensors").exists():
             return packing.load_packed(config, source, dtype)
         check_weights(skeleton(config, name), source)
+    elif not extra:
+        check_hub(name)
     model, report = from_pretrained(AutoModelForCausalLM, source, name, dtype=dtype, use_safetensors=True,
                                     output_loading_info=True, ignore_mismatched_sizes=True, **extra)
     check_report(report, name)

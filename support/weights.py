@@ -11,6 +11,7 @@ import re
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 from support.architectures import ARCHS
 from support.cli import UserError
@@ -40,6 +41,7 @@ def from_pretrained(kind, source, name, **extra):
 
 # --- 2. A folder, looked at before transformers does --------------------------------------------------------
 
+INDEX = "model.safetensors.index.json"                     # of weights in several files
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -61,7 +63,8 @@ def check_folder(path, name):
         for key in SPECIAL if fields else ():              # a list, of as many tokens as end a text
             several = isinstance(fields.obj.get(key), list)
             fields(key, list_of(whole_number(0, 10**7)) if several else or_null(whole_number(-1, 10**7)))
-    check_index(path / "model.safetensors.index.json")
+    if (path / INDEX).exists():
+        check_index(path / INDEX, [file.name for file in path.glob("*.safetensors")])
     if (path / "compression.json").exists():
         return read_compression(path / "compression.json")
     if any((path / file).exists() for file in ("packed.safetensors", "compression.grids")):
@@ -82,13 +85,24 @@ def check_config(config, name):
         raise UserError(f"--model {name}: quantized by another tool (quantization_config); give a dense one")
 
 
-def check_index(index):
-    """Refuse an index of shards that names a file which is not in the folder."""
-    shards = read_fields(index, "--model")("weight_map", OBJECT) if index.exists() else {}
-    for shard in shards.values():
-        inside = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
-        if not inside or not (index.parent / shard).is_file():
-            raise UserError(f"--model {index}: names {str(shard)[:80]}, not in the folder; download it again")
+def check_index(index, there=None):
+    """Refuse an index of shards that names anything but plain safetensors files. there: those of a folder.
+
+    transformers would open a pickle that is named there, also with use_safetensors=True.
+    """
+    for shard in read_fields(index, "--model")("weight_map", OBJECT).values():
+        plain = isinstance(shard, str) and re.fullmatch(r"[\w.-]+[.]safetensors", shard)
+        if not plain or there is not None and shard not in there:
+            raise UserError(f"--model {index}: names {str(shard)[:80]}, not a safetensors file in the "
+                            "folder; download it again")
+
+
+def check_hub(name):
+    """The same of a model on the hub, whose index is read before its weights are asked for."""
+    index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False,
+                        _raise_exceptions_for_connection_errors=False)
+    if index:
+        check_index(index)
 
 
 def tensors_in(path):

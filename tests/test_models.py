@@ -274,12 +274,14 @@ BROKEN = {  # name -> (damage, words of the message)
     "weights: infinity": (put(QUERY, float("-inf"), (0, 0)), f"{QUERY} .*not finite"),
     "weights: only a pickle": (pickled, "cannot be loaded"),
     "shards: outside": (sharded(lambda index: {"weight_map": {"a": "../../x.safetensors"}}),
-                        "not in the folder"),
+                        "not a safetensors file in the folder"),
     "shards: one is missing": (sharded(lambda index: {"weight_map": {"a": "b.safetensors"}}),
-                               "not in the folder"),
+                               "not a safetensors file in the folder"),
     "shards: a list": (sharded(lambda index: [1]), "list"),
     "shards: no map": (sharded(lambda index: {}), "weight_map"),
-    "shards: numbers": (sharded(lambda index: {"weight_map": {"a": 1}}), "not in the folder"),
+    "shards: numbers": (sharded(lambda index: {"weight_map": {"a": 1}}), "not a safetensors file in the folder"),
+    "shards: a pickle": (sharded(lambda index: {**index, "weight_map": {**index["weight_map"], "a": "x.bin"}}),
+                         "names x.bin, not a safetensors file"),
     "shards: a tensor is nowhere": (sharded(lambda index: {**index, "weight_map": dict.fromkeys(
         ["model.norm.weight"], "model-00001-of-00002.safetensors")}), "lack|cannot be loaded"),
     "tokenizer: gone": (gone("tokenizer.json", "tokenizer_config.json"), "no tokenizer"),
@@ -321,6 +323,33 @@ def test_a_broken_folder_is_refused_in_one_line(name, whole, tmp_path, monkeypat
         load_model(str(folder))
     assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 700
     assert time.time() - start < 5 and not (folder / "opened").exists()
+
+
+def hub_model(cache, name, folder):
+    """A folder laid out as a download in the hub's cache."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    folder.rename(place / "snapshots" / ("0" * 40))
+
+
+def test_a_model_of_the_hub_opens_no_pickle(tmp_path, monkeypatch):
+    """One file, several, and several of which the index says that one is a pickle."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
+    for name, change in (("me/one", None), ("me/shards", lambda index: index)):
+        folder = save_tiny(tiny_model("llama"), tmp_path / "m")
+        if change:
+            sharded(change)(folder)
+        hub_model(tmp_path / "hub", name, folder)
+        assert type(load_model(name)[0]).__name__ == "LlamaForCausalLM"
+    folder = save_tiny(tiny_model("llama"), tmp_path / "m")
+    sharded(lambda index: {**index, "weight_map": dict.fromkeys(index["weight_map"], "pytorch_model.bin")})(folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    hub_model(tmp_path / "hub", "me/pickle", folder)
+    with pytest.raises(UserError, match="names pytorch_model.bin, not a safetensors file"):
+        load_model("me/pickle")
 
 
 def test_there_are_enough_of_them():
