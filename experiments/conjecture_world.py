@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import recover
+from experiments import toy_model
 from experiments.patterns import weights_on_cpu
 from support import toy_world
 from support.data import encode
@@ -232,9 +233,9 @@ def load_world(folder, count):
 
 def train_world(count, out):
     """Train the dense model of a load into worlds/N of --out: minutes."""
-    tokenizer = toy_world.build_tokenizer()
-    model = toy_world.build_model(len(tokenizer))
-    toy_world.train(model, tokenizer, training_steps(count), count=count)
+    tokenizer = toy_model.build_tokenizer()
+    model = toy_model.build_model(len(tokenizer))
+    toy_model.train(model, tokenizer, training_steps(count), count=count)
     if not (out.path / f"worlds/{count}").exists():        # else another shard was as fast
         with out.folder(f"worlds/{count}") as folder:
             model.save_pretrained(folder)

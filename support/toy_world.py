@@ -1,12 +1,10 @@
-"""A toy world: fictional people and facts from a seed, and the small LLaMA model that knows them.
+"""A toy world: fictional people and facts from a seed, which a small LLaMA model knows.
 
 Real models take hours and a GPU before they show what compression does to knowledge. Here a model of 0.3
 million parameters has learnt 2,400 facts about 480 people who do not exist, so that everything it knows can
 be asked in seconds on a CPU.
 
-    python -m support.toy_world                            # the world: people, phrasings, questions
-    python -m support.toy_world --train --out runs/toy     # toy_model/ from the seed: 5 minutes on 2 cores
-    python -m support.toy_world --train --people 480 --steps 4000 --out runs/480     # twice the facts
+    python -m experiments.toy_model                        # the world; with --train, toy_model/ again
     AutoModelForCausalLM.from_pretrained("toy_model")      # a plain LlamaForCausalLM folder, no project code
 
 - Two *domains*, harbour people and station crews, with names, attributes and phrasings of their own:
@@ -19,13 +17,6 @@ be asked in seconds on a CPU.
 The same seed gives the same world anywhere, and the same weights on the same machine and library versions.
 """
 import random
-import sys
-
-import torch
-
-from support.cli import UserError, parse_flags, refuse_given, run
-from support.output import claim
-from support.progress import progress
 
 SEED = 0
 PEOPLE, UNKNOWN = 240, 30      # per domain: known (half shown, half held out) and unknown
@@ -153,115 +144,3 @@ def tasks(seed=SEED, count=PEOPLE):
         found[name] = [row for domain in DOMAINS for row in questions(domain, split, seed, count)]
         random.Random(f"{seed} {name}").shuffle(found[name])
     return found
-
-
-# --- 3. Tokenizer and model ---------------------------------------------------------------------------------
-
-def build_tokenizer():
-    """One token a word and a punctuation mark; white space and line breaks only separate. No BOS is added."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    split, texts = pre_tokenizers.Whitespace(), []
-    for words in WORLD.values():
-        texts += words["first"] + words["family"]
-        for values, phrasings in words["facts"].values():
-            texts += values + [phrasing.format(p="", v="") for phrasing in phrasings]
-    words = sorted({word for line in texts for word, _ in split.pre_tokenize_str(line)})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>"] + words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        model_max_length=512, clean_up_tokenization_spaces=False)
-
-
-def build_model(vocabulary, width=64, layers=4, seed=SEED):
-    """A fresh LlamaForCausalLM with heads of 16. Facts per parameter: --people."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 16, num_key_value_heads=width // 16, max_position_embeddings=512,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=2, eos_token_id=3))
-
-
-def training_rows(tokenizer, seed=SEED, count=PEOPLE):
-    """Endless rows of 64 tokens that begin at a sentence; every pass sees each one once, in a new order."""
-    sentences = tokenizer(text("train", seed, count=count))["input_ids"]
-    rng = random.Random(seed)
-    while True:
-        rng.shuffle(sentences)
-        row = []
-        for sentence in sentences:
-            row += sentence
-            if len(row) >= 64:
-                yield torch.tensor(row[:64])
-                row = []
-
-
-def train(model, tokenizer, steps=2000, batch_size=48, lr=3e-3, seed=SEED, count=PEOPLE):
-    """AdamW, one-cycle learning rate, next-token loss on whole sentences. -> last loss (nats per token)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    rows, bar = training_rows(tokenizer, seed, count), progress(range(steps), desc="train the toy model")
-    model.train()
-    for _ in bar:
-        ids = torch.stack([next(rows) for _ in range(batch_size)])                             # (48, 64)
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    model.eval()
-    return loss.item()
-
-
-# --- 4. The command -----------------------------------------------------------------------------------------
-
-def show(seed):
-    """Print a sample of the world."""
-    for domain in DOMAINS:
-        person, facts = people(domain, seed)["shown"][0]
-        print(f"\n{domain}: {person}, " + ", ".join(f"{kind} {value}" for kind, value in facts.items()))
-        for phrasing in next(iter(WORLD[domain]["facts"].values()))[1]:
-            print("   ", phrasing.format(p=person, v=next(iter(facts.values()))))
-    for name, rows in tasks(seed).items():
-        row = rows[0]
-        print(f"\n{name}, {len(rows)} questions, chance 1/{len(row['choices'])}; the first:")
-        print(f"    {row['context']} [{row['choices'][row['answer']]}]")
-        print(f"    choices: {' '.join(row['choices'])}")
-
-
-def parse(argv=None):
-    """The command line. -> argparse.Namespace. Raises UserError."""
-    words = "train the model and write --out (default: show the world)"
-    add = lambda parser: parser.add_argument("--train", action="store_true", default=None, help=words)
-    args = parse_flags(__doc__, ["seed", "steps", "people", "out"], argv, defaults={"steps": 2000}, add=add)
-    if not args.train:
-        refuse_given(args, ["steps", "people", "out"], "counts only with --train; add --train")
-    elif args.out is None:
-        raise UserError("--out: missing; name the folder to write, for example --out runs/toy_model")
-    return args
-
-
-def main(argv=None):
-    """Show the world, or train its model."""
-    args = parse(argv)
-    if not args.train:
-        return show(args.seed)
-    with claim(args.out) as out:
-        tokenizer = build_tokenizer()
-        model = build_model(len(tokenizer), seed=args.seed)
-        print(f"{model.num_parameters():,} parameters, {2 * args.people * 5:,} facts", file=sys.stderr)
-        loss = train(model, tokenizer, args.steps, seed=args.seed, count=args.people)
-        print(f"loss of the last step: {loss:.3f} nats per token")
-        with out.folder() as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    print(f"wrote {args.out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import evaluate
-from experiments import conjecture, conjecture_numbers, conjecture_world
+from experiments import conjecture, conjecture_numbers, conjecture_world, toy_model
 from experiments.conjecture_figures import LOOKS, figures
 from experiments.conjecture_numbers import Cell, corrected, outcome, paired, returned, verdict, verdict_of
 from experiments.conjecture_plan import DAMAGES, REMEDIES, damage_name, plan
@@ -297,7 +297,7 @@ def test_other_worlds_are_trained_into_out(tmp_path, monkeypatch):
     flags = ["dials", *TINY, "--loads", "20", "--only", "gptq 2", "--out", str(tmp_path / "out")]
     conjecture.main(flags)
     assert (tmp_path / "out/worlds/20/model.safetensors").exists()
-    monkeypatch.setattr(toy_world, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(toy_model, "train", lambda *_, **__: pytest.fail("trained again"))
     conjecture.main(flags)
     assert "20 people" in (tmp_path / "out/dials.md").read_text()
 

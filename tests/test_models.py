@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import CONFIGS, save_tiny, tiny_model, tiny_tokenizer
-from support import architectures, models, toy_world
+from experiments import toy_model
+from support import architectures
 from support.cli import UserError
 from support.models import load_model
 
@@ -51,7 +52,7 @@ def test_good_folders(arch, tmp_path):
 def test_the_toy_and_only_its_special_tokens():
     model, tokenizer = load_model("toy")
     assert type(model).__name__ == "LlamaForCausalLM"
-    assert tokenizer.get_vocab() == toy_world.build_tokenizer().get_vocab()
+    assert tokenizer.get_vocab() == toy_model.build_tokenizer().get_vocab()
     assert model.config.name_or_path == "toy" and model.compression == {}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from experiments import toy_model
 from support import models, toy_world
 from support.cli import UserError
 from support.recipe import digest
@@ -73,7 +74,7 @@ def test_a_question_is_the_text_up_to_its_answer():
 def test_the_default_world_never_changes():
     """Every result of the project was measured in it: text, questions and training rows, by a digest."""
     sample = [toy_world.tasks(), toy_world.text("train"), toy_world.text("shown"),
-              next(toy_world.training_rows(toy_world.build_tokenizer())).tolist()]
+              next(toy_model.training_rows(toy_model.build_tokenizer())).tolist()]
     assert digest(sample) == "b10afd949a247c2b"
 
 
@@ -108,7 +109,7 @@ def test_one_word_is_one_token(toy):
 
 
 def test_the_tokenizer_is_the_one_the_code_builds(toy):
-    assert toy[1].get_vocab() == toy_world.build_tokenizer().get_vocab()
+    assert toy[1].get_vocab() == toy_model.build_tokenizer().get_vocab()
 
 
 def test_the_committed_model_knows_the_world_and_nobody_else(toy):
@@ -130,10 +131,10 @@ def test_the_folder_is_small_and_needs_no_project_code(toy):
 
 def test_training_repeats_learns_and_is_quiet_in_a_log_file(capsys):
     """A few steps twice from the same seed: the same loss, and lower than at the start."""
-    tokenizer, losses = toy_world.build_tokenizer(), []
+    tokenizer, losses = toy_model.build_tokenizer(), []
     for steps in (3, 3, 40):
-        model = toy_world.build_model(len(tokenizer), width=32, layers=1)
-        losses.append(toy_world.train(model, tokenizer, steps=steps, batch_size=4))
+        model = toy_model.build_model(len(tokenizer), width=32, layers=1)
+        losses.append(toy_model.train(model, tokenizer, steps=steps, batch_size=4))
     assert losses[0] == losses[1] and losses[2] < losses[0] - 0.5
     assert capsys.readouterr().err == ""
 
@@ -141,7 +142,7 @@ def test_training_repeats_learns_and_is_quiet_in_a_log_file(capsys):
 def test_training_rows_begin_at_sentences(toy):
     tokenizer = toy[1]
     starts = {tuple(tokenizer(sentence).input_ids[:3]) for sentence in toy_world.text("train")}
-    rows = toy_world.training_rows(tokenizer)
+    rows = toy_model.training_rows(tokenizer)
     for _ in range(20):
         row = next(rows)
         assert row.shape == torch.Size([64]) and tuple(row[:3].tolist()) in starts
@@ -150,22 +151,22 @@ def test_training_rows_begin_at_sentences(toy):
 # --- the command --------------------------------------------------------------------------------------------
 
 def test_looking_at_the_world(capsys):
-    toy_world.main([])
+    toy_model.main([])
     text = capsys.readouterr().out
     assert "chance 1/16" in text and "harbour:" in text and "orbit:" in text
 
 
 def test_training_writes_a_folder_that_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy_world, "build_model", lambda size,
+    monkeypatch.setattr(toy_model, "build_model", lambda size,
                         seed: BUILD(size, width=16, layers=1, seed=seed))
-    toy_world.main(["--train", "--steps", "2", "--people", "20", "--out", str(tmp_path / "m")])
+    toy_model.main(["--train", "--steps", "2", "--people", "20", "--out", str(tmp_path / "m")])
     model, tokenizer = models.load_model(str(tmp_path / "m"))
-    assert model.config.hidden_size == 16 and tokenizer.get_vocab() == toy_world.build_tokenizer().get_vocab()
+    assert model.config.hidden_size == 16 and tokenizer.get_vocab() == toy_model.build_tokenizer().get_vocab()
     with pytest.raises(UserError, match="^--out .*already"):
-        toy_world.main(["--train", "--steps", "2", "--out", str(tmp_path / "m")])
+        toy_model.main(["--train", "--steps", "2", "--out", str(tmp_path / "m")])
 
 
-BUILD = toy_world.build_model
+BUILD = toy_model.build_model
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -176,17 +177,17 @@ BUILD = toy_world.build_model
     (["--train", "--out", str(models.TOY)], "--out")])
 def test_mistakes(flags, word, monkeypatch, tmp_path):
     """Not even toy_model/ itself is overwritten."""
-    monkeypatch.setattr(toy_world, "train", lambda *args, **settings: pytest.fail("trained first"))
+    monkeypatch.setattr(toy_model, "train", lambda *args, **settings: pytest.fail("trained first"))
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in models.TOY.iterdir()}
     with pytest.raises(UserError, match=word):
-        toy_world.main(flags)
+        toy_model.main(flags)
     assert {path: path.stat().st_mtime_ns for path in models.TOY.iterdir()} == before
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_in_a_process_of_its_own(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "support.toy_world", "--train"], capture_output=True,
+    run = subprocess.run([sys.executable, "-m", "experiments.toy_model", "--train"], capture_output=True,
                          text=True,
                          timeout=120, cwd=ROOT)
     assert run.returncode == 2 and run.stderr.startswith("error: --out") and len(run.stderr.splitlines()) == 1

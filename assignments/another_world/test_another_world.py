@@ -8,6 +8,7 @@ from unittest import mock
 
 import compress
 from assignments.grading import must, recall
+from experiments import toy_model
 from support import toy_world
 
 ASKED, FENCED = ["domain", "predictions"], []
@@ -25,9 +26,9 @@ def world(words):
 def measure(words, people):
     """Train a small model on the world, prune it. -> {"dense", "pruned", "unknown": % recall}."""
     with world(words):
-        tokenizer = toy_world.build_tokenizer()
-        model, tasks = toy_world.build_model(len(tokenizer), 64, layers=2), toy_world.tasks(count=people)
-        toy_world.train(model, tokenizer, STEPS, batch_size=8, lr=5e-3, count=people)
+        tokenizer = toy_model.build_tokenizer()
+        model, tasks = toy_model.build_model(len(tokenizer), 64, layers=2), toy_world.tasks(count=people)
+        toy_model.train(model, tokenizer, STEPS, batch_size=8, lr=5e-3, count=people)
         rows = tasks["toy_recall"] + tasks["toy_shown"]
         result = {"dense": recall(model, tokenizer, rows), "unknown": recall(model, tokenizer, tasks["toy_unknown"])}
         ids = torch.tensor(tokenizer(" ".join(toy_world.text("train", count=people)))["input_ids"])
