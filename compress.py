@@ -72,12 +72,6 @@ def to_device(value, device):
     return tuple(to_device(v, device) for v in value) if isinstance(value, tuple) else value
 
 
-def block_output(block, hidden, kwargs):
-    """A block's hidden states, whether this version of transformers returns a tensor or a tuple."""
-    out = block(hidden, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
 @torch.no_grad()
 def hessians(block, hidden, kwargs):
     """H (in, in) float32 of every linear layer of a block, over all calibration tokens. -> {name: H}.
@@ -181,7 +175,7 @@ def compress_model(model, tokenizer, name, calibration, device=None, grids=None,
             if grids is not None:
                 grids[path] = grid and (grid if codes else dataclasses.replace(grid, code=None)).to("cpu")
         for j, x in enumerate(hidden):  # one by one: old and new states never stand side by side
-            hidden[j] = block_output(block, x, kwargs)
+            hidden[j] = block(x, **kwargs)
         block.to(home)
     model.compression = make_report(model, name, settings, calibration, layers, time.time() - start)
     return model.compression

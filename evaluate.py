@@ -186,12 +186,6 @@ def completions(model, tokenizer, contexts, batch_size=16, max_length=None, new_
     return results
 
 
-def evaluate_task(model, tokenizer, rows, batch_size=16, max_length=None):
-    """Multiple choice or open answers, by the rows' schema."""
-    score = multiple_choice if "choices" in rows[0] else open_answer
-    return score(model, tokenizer, rows, batch_size, max_length)
-
-
 def evaluate_model(model, tokenizer, eval_ids, tasks, seqlen, batch_size=16, limit=None, prompt_columns=0,
                    context=None):
     """Everything about one model. tasks: {name: rows}; prompt_columns: positions that a prompt takes;
@@ -208,7 +202,8 @@ def evaluate_model(model, tokenizer, eval_ids, tasks, seqlen, batch_size=16, lim
               "items": {"loss": {"data": digest([seqlen, context, eval_ids.tolist()]),
                                  "values": losses.tolist()}}}
     for name, rows in tasks.items():
-        scores = evaluate_task(model, tokenizer, rows, batch_size, room(model, prompt_columns))
+        score = multiple_choice if "choices" in rows[0] else open_answer
+        scores = score(model, tokenizer, rows, batch_size, room(model, prompt_columns))
         result["items"][name] = {"data": digest(rows), "values": scores["correct"]}
         result["tasks"][name] = {k: v for k, v in scores.items() if not k.startswith(("correct", "logp"))}
     return result
@@ -252,13 +247,13 @@ def format_table(rows):
     return table + f"\n\nn: {', '.join(counts)}; [95 % intervals]"
 
 
-def result_files(command, settings, device, seconds, rows, recipe):
+def result_files(settings, device, start, rows, recipe):
     """{name: text} of a run: items.json (each chunk and question), results.md, last results.json."""
     kept = [{key: value for key, value in row.items() if key != "items"} for row in rows]
     return {"items.json": json_text({row["row"]: row["items"] for row in rows}),
             "results.md": format_table(rows) + "\n", "results.json": json_text({
-                "command": command, "settings": settings, "recipe": recipe, "versions": versions(),
-                "device": device_name(device), "seconds": round(seconds, 1), "rows": kept})}
+                "command": command_line(), "settings": settings, "recipe": recipe, "versions": versions(),
+                "device": device_name(device), "seconds": round(time.time() - start, 1), "rows": kept})}
 
 
 def command_line():
@@ -342,8 +337,7 @@ def evaluate_command(args, out):
     print(format_table(rows))
     if out:
         with out.folder() as folder:
-            files = result_files(command_line(), vars(args), device, time.time() - start, rows,
-                                 recipe_of(model))
+            files = result_files(vars(args), device, start, rows, recipe_of(model))
             for file, text in files.items():
                 (folder / file).write_text(text, encoding="utf-8", errors="backslashreplace")
 

@@ -38,7 +38,7 @@ from methods.recompute import checkpointed_blocks
 from methods.registry import METHODS, load_adapter         # noqa: F401
 from methods.rounding import Grid
 from support import packing
-from support.architectures import check_room, pick_device
+from support.architectures import check_room, pick_device, weight_of
 from support.checkpoint import Checkpoint, put_back
 from support.cli import UserError, fill_in, flag_of, parse_flags, refuse_given, run, say
 from support.data import check_text, load_tasks, load_text
@@ -142,8 +142,7 @@ def check_training(ids, batch_size, seqlen, accumulate):
 
 # --- 2. The command -----------------------------------------------------------------------------------------
 
-METHOD_FLAGS = ("prompt_length", "prompt_lengths", "selector", "layers", "scores", "rank", "alpha", "targets",
-                "merge")
+METHOD_FLAGS = tuple(dict.fromkeys(flag for entry in METHODS.values() for flag in entry.flags))
 TRAINING_FLAGS = ("loss", "steps", "batch_size", "train_seqlen", "lr", "weight_decay", "accumulate",
                   "checkpointing")
 TAKES = ["model", "device", "dtype", "seed", "text", *compress.COMPRESSION_FLAGS, "method", *METHOD_FLAGS,
@@ -238,11 +237,10 @@ class Run:
     def measure(self, name, weight_bytes, method=None, **extra):
         """Evaluate the model, under a method or as it is; append one row and say its scores."""
         args = self.args
-        with method.inference() if method else contextlib.nullcontext() as attached:
+        with method.inference() if method else contextlib.nullcontext():
             scores = evaluate.evaluate_model(
                 self.model, self.tokenizer, self.eval_ids, self.tasks, args.eval_seqlen,
                 limit=args.eval_chunks, prompt_columns=self.columns, context=args.eval_context)
-            scores.update(self.also(attached))
         sizes = [t.numel() for t in method.tensors().values()] if method else []
         self.rows.append({"row": name, **scores, "trainable_params": sum(sizes),
                           "extra_bytes": 4 * sum(sizes), "weight_bytes": weight_bytes, **extra})
@@ -250,36 +248,27 @@ class Run:
         shown += [f"{task} {100 * score['acc']:.1f} %" for task, score in scores["tasks"].items()]
         say(name, f"{', '.join(shown)} (after {time.time() - self.start:.0f} s)")
 
-    def also(self, attached):
-        """What a subclass measures besides. attached: as `with method.inference() as attached` gave it."""
-        return {}
-
     def compress(self):
         """Compress in place, unless the folder holds a compressed model already. -> compression report."""
+        args = self.args
         if self.model.compression:
-            if self.args.merge:
-                self.grids = packing.read_grids(self.model, self.args.model)
+            if args.merge:
+                self.grids = packing.read_grids(self.model, args.model)
             return self.model.compression
         self.measure("dense", evaluate.weight_bytes(self.model))
-        name, settings = self.args.compression
-        ids = compress.calibration_ids(self.train_ids, self.args.nsamples, self.args.seqlen, self.args.seed)
-        grids = {} if self.args.merge else None
-        self.prepare()
+        name, settings = args.compression
+        ids = compress.calibration_ids(self.train_ids, args.nsamples, args.seqlen, args.seed)
+        grids = {} if args.merge else None
+        # made of the dense model: methods that observe what compression does; what --loss distill learns from
+        self.computed = {one: METHODS[one].build(self.model, **METHODS[one].settings(args), seed=args.seed)
+                         for one in untrained(args)}
+        self.teacher = copy.deepcopy(self.model) if args.loss == "distill" else None
         report = compress.compress_model(self.model, self.tokenizer, name, ids, grids=grids, codes=False,
                                          observe=self.observe, **settings)
         self.grids = {path: grid for path, grid in (grids or {}).items() if grid}
-        report["calibration"].update(text=self.args.text, seed=self.args.seed)
+        report["calibration"].update(text=args.text, seed=args.seed)
         say("compression", compress.summary(report))
         return report
-
-    def prepare(self):
-        """What is made of the dense model before it is compressed: methods that observe it, and for --loss
-        distill a copy, which costs the memory of its weights once more.
-        """
-        args = self.args
-        self.computed = {name: METHODS[name].build(self.model, **METHODS[name].settings(args), seed=args.seed)
-                         for name in untrained(args)}
-        self.teacher = copy.deepcopy(self.model) if args.loss == "distill" else None
 
     def observe(self, *layer):
         """Show a layer that was just compressed to every method that is computed from it."""
@@ -338,7 +327,7 @@ class Run:
     def measure_merged(self, method, row, weight_bytes, recompress=None):
         """One row, every layer merged. recompress: (path, compressed W) -> what puts a merged W back."""
         for path, layer in method.layers.items():
-            layer.merge(recompress(path, layer.base_weight()) if recompress else None)
+            layer.merge(recompress(path, weight_of(layer.linear)) if recompress else None)
         self.measure(row, weight_bytes)
         for layer in method.layers.values():
             layer.unmerge()
@@ -369,8 +358,7 @@ def main(argv=None):
                 job.merge(job.rows[-1]["row"], method, report)
         print(evaluate.format_table(job.rows))
         if out:
-            files = evaluate.result_files(evaluate.command_line(), vars(args), job.device,
-                                          time.time() - job.start, job.rows, recipe_of(job.model))
+            files = evaluate.result_files(vars(args), job.device, job.start, job.rows, recipe_of(job.model))
             for file, text in files.items():
                 out.text(file, text)
 

@@ -39,7 +39,7 @@ from support.models import load_model
 from support.output import claim, write_json
 from support.progress import progress
 from support.tables import markdown
-from support.uncertainty import mean_interval
+from support.uncertainty import mean_ci95
 
 RULES = ["mean_attention", "total_attention", "max_attention", "last_token", "random"]
 TABLES = ("rules", "sets", "planted")
@@ -244,8 +244,8 @@ def interval(values, form):
     """'mean [low, high]' over seeds, a t interval; the value alone from one seed. values: list of floats."""
     if values[0] is None:
         return "-"
-    mean, (low, high) = statistics.mean(values), mean_interval(values)
-    return form(mean) if low is None else f"{form(mean)} [{form(low)}, {form(high)}]"
+    mean, ends = statistics.mean(values), mean_ci95(values)
+    return form(mean) if ends is None else f"{form(mean)} [{form(ends[0])}, {form(ends[1])}]"
 
 
 def table(head, forms, results):

@@ -219,8 +219,7 @@ def main(argv=None):
         text = "\n\n".join(parts) + "\n"
         print(text)
         if out:
-            files = evaluate.result_files(evaluate.command_line(), vars(args), job.device,
-                                          time.time() - start, job.rows, recipe_of(job.model))
+            files = evaluate.result_files(vars(args), job.device, start, job.rows, recipe_of(job.model))
             for file, content in {**files, "results.md": text}.items():
                 out.text(file, content)
 

@@ -20,6 +20,7 @@ Without --recipe paper rates are each method's own, steps are --steps, and sizes
 (experiments/reproduce_plan.py). With it all that §3.3 states is taken, wherever no flag says otherwise. On
 the toy 3 bits hardly hurt: --bits 2 or --compressor magnitude give the remedies something to get back.
 """
+import contextlib
 import copy
 import time
 
@@ -161,15 +162,15 @@ class Reproduction(recover.Run):
             self.keep(spec, part, label, size, one, {"training": {**training, "lr": lr}})
 
     def keep(self, spec, part, label, size, method, extra):
-        """Measure one row and put it in the store, unless it is there."""
+        """Measure one row, and its KL to the dense model and cosines with it; put it in the store, unless it
+        is there.
+        """
         if self.row(spec, part) is None:
             name = f"{label}: {part}" if part else label
             self.measure(name, size, method, device=device_name(self.device), **extra)
+            with method.inference() if method else contextlib.nullcontext() as attached:
+                self.rows[-1].update(self.reference.compare(self.model, attached))
             self.store.put(part, self.recipe(spec), self.rows[-1])
-
-    def also(self, attached):
-        """KL to the dense model and cosines with it, beside what every row has."""
-        return self.reference.compare(self.model, attached)
 
     def lines(self, name):
         """The lines of a table: each entry with those of its rows that are there, one a seed."""

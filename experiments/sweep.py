@@ -269,8 +269,7 @@ def main(argv=None):
         if args.sweep == "compressors":
             print("\n" + compression_table(job.rows))
         if out:
-            files = evaluate.result_files(evaluate.command_line(), vars(args), job.device,
-                                          time.time() - start, job.rows, job.recipe)
+            files = evaluate.result_files(vars(args), job.device, start, job.rows, job.recipe)
             for file, text in files.items():
                 out.text(file, text)
         if out and args.sweep == "sizes":

@@ -58,22 +58,13 @@ class LoRALinear(nn.Module):
             return y + (x @ A.T) @ B.T
         return y + (self.scaling * ((x.to(self.A.dtype) @ self.A.T) @ self.B.T)).to(y.dtype)
 
-    def base_weight(self):
-        """The base layer's W (out, in), whichever way it is stored."""
-        return weight_of(self.linear)
-
     @torch.no_grad()
     def merge(self, recompress=None):
-        """Fold B A into W. recompress: W (out, in) -> W, to put the sum back on a grid or under a mask.
-
-        Without it a merged weight leaves the grid (or fills the zeros) of the compressed one: the same
-        outputs, but no longer a compressed model. With it the model stays compressed, and what is compared is
-        another model.
-        """
+        """Fold B A into W. recompress: W (out, in) -> W, to put the sum back on a grid or under a mask."""
         if self.unmerged is not None:
             return
         self.unmerged = self.linear.weight.data.cpu()      # merging is to take no memory on the device
-        W = self.base_weight()                             # (out, in)
+        W = weight_of(self.linear)                         # (out, in)
         W = (W.float() + self.scaling * (self.B @ self.A).float()).to(W.dtype)
         W = recompress(W) if recompress else W
         self.linear.weight.data = W.T.contiguous() if isinstance(self.linear, Conv1D) else W

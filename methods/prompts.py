@@ -16,11 +16,12 @@ from transformers import DynamicCache
 from idp_minimal import CACHE, SELECTORS, PromptBank, attach_idp, prompt_cache
 from methods import selectors                          # noqa: F401, more rules join SELECTORS
 from methods.losses import row_losses
-from support.adapters import (IDP, IDP_CONFIG, PREFIX_TUNING, PROMPT_TUNING, RECIPE, SIZE, base_of,
-                              check_keys, check_prompt_room, folder_inside, open_weights, read_config,
-                              read_tensor, same_as, write_peft)
+from support.adapters import (IDP, IDP_CONFIG, PREFIX_TUNING, PROMPT_TUNING, RECIPE, base_of,
+                              check_keys, folder_inside, open_weights, read_config, read_tensor, same_as,
+                              write_peft)
+from support.architectures import room
 from support.cli import UserError
-from support.files import one_of
+from support.files import one_of, whole_number
 from support.output import write_json
 from support.recipe import recipe_of
 
@@ -60,10 +61,11 @@ class SoftPrompts:
 
     def __init__(self, model, lengths, seed=0, selector="mean_attention", layers="every", scores="logits"):
         generator = torch.Generator().manual_seed(seed)
-        self.model, self.lengths, self.N = model, list(lengths), max(lengths)
+        self.model, self.lengths = model, [lengths] if isinstance(lengths, int) else list(lengths)
         self.reading = {"selector": selector, "layers": layers, "scores": scores}
-        self.prompts = [nn.Parameter(initial_prompt(model, n, generator)) for n in lengths]
+        self.prompts = [nn.Parameter(initial_prompt(model, n, generator)) for n in self.lengths]
         # Prompts stand at the right end of N columns. Made once: a copy to the device is a wait in each step.
+        self.N = max(self.lengths)
         padding = self.N - torch.tensor(self.lengths)      # (m,)
         real = torch.arange(self.N) >= padding[:, None]    # (m, N)
         self.mask = real.long().to(self.prompts[0].device)
@@ -154,13 +156,12 @@ def read_prompt(model, config, folder):
 def read_embeddings(model, config, folder):
     """The prompt (n, d) in a folder of PEFT's PROMPT_TUNING. Raises UserError when it does not fit."""
     check_keys(config, PROMPT_TUNING)
-    n = config("num_virtual_tokens", SIZE)
+    n = config("num_virtual_tokens", whole_number(1, room(model, 1)))      # one token at least is left
     # d is the width of the token embeddings. PEFT takes the hidden size, which in OPT-350m is another and
     # fits nowhere.
     d = config("token_dim", same_as(model.get_input_embeddings().weight.shape[1]))
     if config.obj.get("num_layers") is not None:
         config("num_layers", same_as(model.config.num_hidden_layers))
-    check_prompt_room(model, n, config.where)
     with open_weights(folder) as file:
         file.exactly(["prompt_embeddings"])
         return read_tensor(file, "prompt_embeddings", (n, d), model.dtype)
@@ -249,8 +250,7 @@ class Prefix:
 def read_prefix(model, config, folder):
     """A folder of PEFT's PREFIX_TUNING. -> Prefix. Raises UserError."""
     check_keys(config, PREFIX_TUNING)
-    n = config("num_virtual_tokens", SIZE)
-    check_prompt_room(model, n, config.where)
+    n = config("num_virtual_tokens", whole_number(1, room(model, 1)))      # one token at least is left
     method = Prefix(model, n)
     L, (_, h_kv, _, d_k) = len(method.keys), method.keys[0].shape
     for key, value in (("num_layers", L), ("num_attention_heads", h_kv), ("token_dim", h_kv * d_k)):

@@ -44,10 +44,7 @@ def recomputed(forward, i):
 
 @contextlib.contextmanager
 def checkpointed_blocks(model, enabled):
-    """Recompute each block in the backward pass instead of storing its activations.
-
-    Ours rather than transformers' switch, which only acts in training mode, and that would turn dropout on.
-    """
+    """Recompute each block in the backward pass instead of storing its activations."""
     blocks = blocks_of(model) if enabled else []
     for i, block in enumerate(blocks):
         block.forward = recomputed(block.forward, i)

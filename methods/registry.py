@@ -40,11 +40,17 @@ COMPRESSORS = {
 #     parts()          optional: {row: method} of what it is compared with, measured before it
 #     observe(path, W, Q, H)     of a method whose rates are None: called for each layer that is compressed
 #     save(folder)     the adapter's folder, by support.adapters.write_peft
-# flags: the names in support.cli.FLAGS that it takes. settings: args -> the constructor's arguments. rates:
-# its peak learning rate, on the toy model and on others; None: nothing is trained, and it is built before the
-# model is compressed, to observe that. sizes: (flag, values) by which experiments make it larger, or None.
-# peft_type: what its folder's config says. read: (model, that config's Fields, folder) -> an object.
-Method = collections.namedtuple("Method", "build flags settings rates sizes peft_type read")
+# flags: {name in support.cli.FLAGS: the constructor's argument, or None}. rates: its peak learning rate, on
+# the toy model and on others; None: nothing is trained, and it is built before the model is compressed, to
+# observe that. sizes: (flag, values) by which experiments make it larger, or None. peft_type: what its
+# folder's config says. read: (model, that config's Fields, folder) -> an object.
+class Method(collections.namedtuple("Method", "build flags rates sizes peft_type read")):
+    """A remedy's row."""
+
+    def settings(self, args):
+        """The constructor's arguments, as the flags say."""
+        return {argument: getattr(args, flag) for flag, argument in self.flags.items() if argument}
+
 
 # NOT IN PAPER: the peak learning rates. Within 1 % of the lowest perplexity of `experiments.sweep rates`, one
 # grid for all: on the toy, and on SmolLM2 at 3 bits (results/; idp as prompt). For a model of another size
@@ -53,42 +59,17 @@ PROMPT_RATES = {"toy": 1e-1, "other": 3e-2}
 LORA_RATES = {"toy": 1e-2, "other": 1e-2}
 
 
-def prompt_settings(args):
-    """One prompt of --prompt-length tokens."""
-    return {"lengths": [args.prompt_length]}
-
-
-def prefix_settings(args):
-    """A prefix of --prompt-length tokens."""
-    return {"n": args.prompt_length}
-
-
-def idp_settings(args):
-    """A prompt for each of --prompt-lengths."""
-    return {"lengths": args.prompt_lengths, "selector": args.selector, "layers": args.layers,
-            "scores": args.scores}
-
-
-def lora_settings(args):
-    """--rank, --alpha, --targets."""
-    return {"r": args.rank, "alpha": args.alpha, "targets": args.targets}
-
-
-def eora_settings(args):
-    """--rank, --targets."""
-    return {"r": args.rank, "targets": args.targets}
-
-
 METHODS = {
-    "prompt": Method(SoftPrompts, ("prompt_length",), prompt_settings, PROMPT_RATES,
+    "prompt": Method(SoftPrompts, {"prompt_length": "lengths"}, PROMPT_RATES,
                      ("prompt_length", (1, 4, 16, 64)), "PROMPT_TUNING", read_prompt),
-    "prefix": Method(Prefix, ("prompt_length",), prefix_settings, PROMPT_RATES,
+    "prefix": Method(Prefix, {"prompt_length": "n"}, PROMPT_RATES,
                      ("prompt_length", (1, 4, 16, 64)), "PREFIX_TUNING", read_prefix),
-    "idp": Method(SoftPrompts, ("prompt_lengths", "selector", "layers", "scores"), idp_settings, PROMPT_RATES,
+    "idp": Method(SoftPrompts, {"prompt_lengths": "lengths", "selector": "selector", "layers": "layers",
+                                "scores": "scores"}, PROMPT_RATES,
                   ("prompt_lengths", ([1, 2], [4, 8], [16, 32])), "IDP", read_idp),
-    "lora": Method(LoRA, ("rank", "alpha", "targets", "merge"), lora_settings, LORA_RATES,
+    "lora": Method(LoRA, {"rank": "r", "alpha": "alpha", "targets": "targets", "merge": None}, LORA_RATES,
                    ("rank", (1, 2, 4, 8, 16)), "LORA", read_lora),
-    "eora": Method(EoRA, ("rank", "targets", "merge"), eora_settings, None, None, "LORA", read_lora),
+    "eora": Method(EoRA, {"rank": "r", "targets": "targets", "merge": None}, None, None, "LORA", read_lora),
 }
 
 

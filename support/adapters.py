@@ -17,7 +17,6 @@ import re
 
 from safetensors.torch import save_file
 
-from support.architectures import room
 from support.cli import HUGE, TINY, UserError, say
 from support.files import (
     BOOL, OBJECT, STRING, Tensors, is_whole, list_of, number, one_of, or_null, read_fields, whole_number)
@@ -82,20 +81,12 @@ def either(one, many, words):
     return or_null((lambda value: one[0](value) or many[0](value), words))
 
 
-def is_path_inside(value):
-    """A relative path of plain names, none of them '.' or '..'."""
-    if not isinstance(value, str) or len(value) > 200 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", value):
-        return False
-    return not {".", ".."} & set(value.split("/"))
-
-
 TEXT_OR_NULL, BOOL_OR_NULL, OBJECT_OR_NULL = or_null(STRING), or_null(BOOL), or_null(OBJECT)
 INDEX = (is_whole, "a layer's index")
 INDICES = either(INDEX, list_of(INDEX), "a list of layer indices")
 NAMES = either(STRING, list_of(STRING), "a list of names, or one regular expression")  # never run here
-PATHS_INSIDE = (lambda value: isinstance(value, list) and 1 <= len(value) <= MAX_PROMPTS
-                and all(map(is_path_inside, value)),
-                f"a list of 1 to {MAX_PROMPTS} folders inside this one, such as prompts/0")
+PATHS = (lambda value: list_of(STRING)[0](value) and 1 <= len(value) <= MAX_PROMPTS,
+         f"a list of 1 to {MAX_PROMPTS} folders inside this one, such as prompts/0")
 SIZE = whole_number(1, 10**9)                              # the model decides what is right
 RANK = whole_number(1, MAX_RANK)
 ALPHA = number(TINY, HUGE)
@@ -142,7 +133,7 @@ PREFIX_TUNING = {
     "prefix_projection": BOOL_OR_NULL, "encoder_hidden_size": or_null(SIZE),
 }
 IDP = {
-    "method": one_of("idp"), "prompts": PATHS_INSIDE, "lengths": list_of(SIZE), "selector": STRING,
+    "method": one_of("idp"), "prompts": PATHS, "lengths": list_of(SIZE), "selector": STRING,
     "layers": one_of("every", "first"), "scores": one_of("logits", "probabilities"),
     "base_model_name_or_path": TEXT_OR_NULL, "auto_mapping": OBJECT_OR_NULL,
 }
@@ -208,18 +199,11 @@ def read_tensor(file, name, shape, dtype):
     return tensor.float()
 
 
-def check_prompt_room(model, n, where):
-    """Refuse a prompt of n tokens that leaves the model no room for an input."""
-    if room(model, n) < 1:
-        raise UserError(f"{where}: a prompt of {n} tokens leaves no room for an input, as the model reads "
-                        f"{room(model, n) + n} tokens in all; use a shorter one, or the adapter's own model")
-
-
 def folder_inside(folder, name, where):
     """folder/name, which a config names. Raises UserError when it leads out of folder, or is not there."""
     path = folder / name
     if not os.path.isdir(path) or not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{where}: prompts names {name}, no folder inside {folder}; copy it all again")
+        raise UserError(f"{where}: prompts names {name[:80]!r}, no folder inside {folder}; copy it all again")
     return path
 
 
@@ -250,23 +234,12 @@ def last_part(name):
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
 
 
-def is_shallow(value, depth=3):
-    """Are lists and objects nested at most `depth` deep?"""
-    if not isinstance(value, (dict, list)):
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return depth > 0 and all(is_shallow(item, depth - 1) for item in inner)
-
-
-PLAIN_OBJECT = (lambda value: isinstance(value, dict) and is_shallow(value), "an object of plain values")
-
-
 def read_recipe(path):
     """recipe.json, checked. -> dict. Raises UserError."""
     fields = read_fields(path, "--adapter")
     fields("base_model", STRING)
     fields("weights", STRING)
-    if fields("compression", PLAIN_OBJECT):
+    if fields("compression", OBJECT):
         compression = fields.within("compression")
         compression("compressor", STRING)
         compression("settings", OBJECT)

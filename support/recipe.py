@@ -77,7 +77,7 @@ def check_recipe(then, model, where):
     now = recipe_of(model)
     if then["weights"] == now["weights"]:
         return
-    if then["base_model"] != now["base_model"] or difference(then["compression"], now["compression"]):
+    if (then["base_model"], then["compression"]) != (now["base_model"], now["compression"]):
         raise UserError(f"{where}: was trained on {in_words(then)}, and this model is {in_words(now)}; "
                         "use it where it was trained")
     say("note", f"{where}: the model was made by the same recipe, but its weights are not the same bit for "

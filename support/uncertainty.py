@@ -14,7 +14,6 @@ None of them is a bootstrap: from five right answers that draws only right answe
 """
 import functools
 import math
-import pathlib
 import statistics
 
 import torch
@@ -62,45 +61,32 @@ def t_central(t, df):
 
 
 @functools.lru_cache(maxsize=None)
-def t_quantile(df, p=0.975):
-    """The t below which a share p of Student's distribution lies, by halving an interval. 0.5 <= p < 1."""
-    if df != int(df) or df < 1 or not 0.5 <= p < 1:
-        raise ValueError(f"t_quantile: df {df}, p {p}; use a whole df of at least 1, and 0.5 <= p < 1")
-    low, high = 0.0, 1.0
-    while t_central(high, df) < 2 * p - 1:
-        low, high = high, 2 * high
-    for _ in range(50):
+def t_quantile(df):
+    """The t below which 97.5 % of Student's distribution lies, by halving. df: as in t_central."""
+    low, high = 0.0, 16.0                                  # 12.7 for df = 1 is the largest
+    for _ in range(60):
         middle = (low + high) / 2
-        if t_central(middle, df) < 2 * p - 1:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if t_central(middle, df) < 0.95 else (low, middle)
     return high
 
 
-def mean_interval(values):
-    """95 % t interval of a mean. -> (low, high); (None, None) from one value, or when one is not a number."""
+def mean_ci95(values):
+    """95 % t interval of a mean. -> [low, high]; None from one value, or when one is not a number."""
     values = [float(value) for value in values]
     if len(values) < 2 or not all(map(math.isfinite, values)):
-        return None, None
+        return None
     # mean +- t sd / sqrt(n), t the 97.5 % quantile for n - 1 degrees of freedom
     mean = statistics.fmean(values)
     half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def mean_ci95(values):
-    """What a results.json holds: [low, high], or None (null) where there is no interval."""
-    low, high = mean_interval(values)
-    return None if low is None else [low, high]
+    return [mean - half, mean + half]
 
 
 def perplexity_ci95(losses):
     """exp of the t interval of the mean loss. losses: one a chunk. -> [low, high], or None without one."""
-    low, high = mean_interval(losses)
-    if low is None or high > 700:                          # exp(710) is no float
+    ends = mean_ci95(losses)
+    if ends is None or ends[1] > 700:                      # exp(710) is no float
         return None
-    return [math.exp(low), math.exp(high)]
+    return [math.exp(end) for end in ends]
 
 
 def shown(ci95, form, n=FEW):
@@ -271,9 +257,8 @@ def together(tests):
 
 def read_run(path):
     """{row name: items} of a results.json, from the items.json beside it. Raises UserError."""
-    results = pathlib.Path(path)
-    items = results.with_name("items.json")
-    if not results.is_file() or not items.is_file():
+    items = path.with_name("items.json")
+    if not path.is_file() or not items.is_file():
         raise UserError(f"--compare {path}: needs results.json and items.json beside it, as recover.py --out "
                         "and evaluate.py --out write them")
     run = read_fields(items, "--compare")

@@ -292,8 +292,8 @@ BROKEN = {  # name of the fault -> (whose folder, what is done to it, what the m
     # prompts
     "prompt of no tokens": ("prompt", config(num_virtual_tokens=0), "num_virtual_tokens is 0"),
     "prompt longer than it is": ("prompt", config(num_virtual_tokens=6), "(5, 32), and (6, 32)"),
-    "prompt without room": ("prompt", config(num_virtual_tokens=128), "no room for an input"),
-    "prompt without memory": ("prompt", config(num_virtual_tokens=10**9), "no room for an input"),
+    "prompt without room": ("prompt", config(num_virtual_tokens=128), "a whole number from 1 to 127"),
+    "prompt without memory": ("prompt", config(num_virtual_tokens=10**9), "a whole number from 1 to 127"),
     "prompt of another width": ("prompt", config(token_dim=64), "token_dim is 64"),
     "prompt of another depth": ("prompt", config(num_layers=4), "num_layers is 4"),
     "prompt of an encoder and a decoder": ("prompt", config(num_transformer_submodules=2), "submodules is 2"),
@@ -305,14 +305,14 @@ BROKEN = {  # name of the fault -> (whose folder, what is done to it, what the m
     "prefix of other heads": ("prefix", config(num_attention_heads=4), "num_attention_heads is 4"),
     "prefix of another width": ("prefix", config(token_dim=32), "token_dim is 32"),
     "prefix of fewer layers": ("prefix", each(lambda tensor: tensor[:, :64]), "is (5, 64), and (5, 96)"),
-    "prefix without room": ("prefix", config(num_virtual_tokens=1000), "no room for an input"),
+    "prefix without room": ("prefix", config(num_virtual_tokens=1000), "a whole number from 1 to 127"),
     "prefix infinite": ("prefix", each(lambda tensor: tensor / 0), "not finite"),
     # sets of prompts
-    "path up": ("idp", idp_config(prompts=["../../x", "prompts/1"]), "prompts is"),
-    "path up, hidden": ("idp", idp_config(prompts=["prompts/../../x", "prompts/1"]), "prompts is"),
-    "path from the root": ("idp", idp_config(prompts=["/etc", "prompts/1"]), "prompts is"),
-    "path with a zero": ("idp", idp_config(prompts=["prompts/0\0", "prompts/1"]), "prompts is"),
-    "path very long": ("idp", idp_config(prompts=["x" * 5000, "prompts/1"]), "prompts is"),
+    "path up": ("idp", idp_config(prompts=["..", "prompts/1"]), "no folder inside"),
+    "path up, hidden": ("idp", idp_config(prompts=["prompts/../../x", "prompts/1"]), "no folder inside"),
+    "path from the root": ("idp", idp_config(prompts=["/etc", "prompts/1"]), "no folder inside"),
+    "path with a zero": ("idp", idp_config(prompts=["prompts/0\0", "prompts/1"]), "no folder inside"),
+    "path very long": ("idp", idp_config(prompts=["x" * 5000, "prompts/1"]), "no folder inside"),
     "a link out": ("idp", linked_out, "no folder inside"),
     "a prompt missing": ("idp", lambda folder: shutil.rmtree(folder / "prompts" / "1"), "prompts/1"),
     "no prompts": ("idp", idp_config(prompts=[], lengths=[]), "prompts is []"),
@@ -334,7 +334,7 @@ BROKEN = {  # name of the fault -> (whose folder, what is done to it, what the m
     "recipe a list": ("lora", text(RECIPE, "[]"), "holds a list"),
     "recipe without weights": ("lora", recipe(weights=...), "weights is null"),
     "recipe without settings": ("lora", recipe(compression={"compressor": "rtn"}), "settings is null"),
-    "recipe nested deeply": ("lora", recipe_of_depth(800), "compression is"),
+    "recipe nested deeply": ("lora", recipe_of_depth(800), "compressor is null"),
 }
 
 

@@ -34,7 +34,7 @@ from idp_minimal import CACHE, PromptBank, attach_idp
 from methods.lora import LoRA
 from methods.registry import METHODS
 from support import scoring
-from support.architectures import blocks_of, pick_device, pick_dtype
+from support.architectures import blocks_of, pick_device, pick_dtype, weight_of
 from support.cli import UserError, run
 from support.models import load_model
 from test_recover import build
@@ -124,13 +124,14 @@ def test_merging_takes_no_memory_on_the_device():
     with latency.merged(method):
         pass                                               # warm-up: the first product makes a workspace
     before = torch.cuda.memory_allocated()
-    weights = [layer.base_weight().clone() for layer in method.layers.values()]
+    weights = [weight_of(layer.linear).clone() for layer in method.layers.values()]
     copies = torch.cuda.memory_allocated() - before
     with latency.merged(method):
         assert all(layer.unmerged.device.type == "cpu" for layer in method.layers.values())
         assert torch.cuda.memory_allocated() - before <= copies
     for layer, W in zip(method.layers.values(), weights):
-        assert layer.base_weight().device.type == "cuda" and torch.equal(layer.base_weight(), W)
+        merged = weight_of(layer.linear)
+        assert merged.device.type == "cuda" and torch.equal(merged, W)
 
 
 @needs_cuda

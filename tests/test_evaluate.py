@@ -444,7 +444,8 @@ def test_agrees_with_lm_eval(name, harness):
         correct = [max(range(len(e)), key=lambda c: e[c][0]) == row["answer"] for row, e in zip(rows, theirs)]
     else:
         correct = [e[0][1] for e in theirs]
-    assert evaluate.evaluate_task(model, tokenizer, rows[:20])["correct"] == correct[:20]
+    score = evaluate.multiple_choice if "choices" in rows[0] else evaluate.open_answer
+    assert score(model, tokenizer, rows[:20])["correct"] == correct[:20]
     chosen = [max(range(len(o)), key=lambda c: o[c][0]) == row["answer"] if "choices" in row else o[0][1] for row, o in zip(rows, ours)]
     assert chosen == correct
 
