@@ -7,7 +7,7 @@ damaged one, A the one after a remedy.
 import collections
 import statistics
 
-from experiments.conjecture_plan import PAIRS, damage_name, is_evidence, is_planted
+from experiments.conjecture_plan import CONTROLLED, PAIRS, damage_name, is_evidence, is_planted
 from experiments.conjecture_world import CHANCE
 from support.tables import markdown
 from support.uncertainty import mean_ci95, sign_flip, together
@@ -210,8 +210,9 @@ def planted_table(cells):
 
 def dial_table(cells, load):
     """One load: a line a damage that lost enough, and the verdict. -> Markdown."""
-    head = ["damage", "lost", "second", "best remedy", "comes back", "its control text", "shown half",
-            "newly lost", "at least", "eora 8", "verdict"]
+    controlled = CONTROLLED[0]
+    head = ["damage", "lost", "second", "best remedy", "comes back", "shown half", "newly lost", "at least",
+            f"{controlled}, control text", "eora 8", "verdict"]
     rows, none = [], []
     for (own, name), some in by_damage(cells).items():
         if own != load or some[0].damage is None:
@@ -221,15 +222,15 @@ def dial_table(cells, load):
             if any(returned(cell) is None for cell in some):
                 none.append(name)
             continue
-        control = find(some, one.remedy, "nobody")
+        control, eora = find(some, controlled, "nobody"), find(some, "eora 8")
         ends = [mean_ci95(returned(cell)) for cell in some if is_evidence(cell.remedy)]
-        eora = find(some, "eora 8")
         low = [max(0, end[0]) for end in ends if end]
+        shown = [corrected(value) for value in each_seed(one, "shown_returned", "shown_lost")]
         rows.append([name, percent(lost_share(one)), percent(each_seed(one, "second", "lost")), one.remedy,
-                     percent(returned(one)), percent(control and returned(control)),
-                     percent([corrected(value) for value in each_seed(one, "shown_returned", "shown_lost")]),
+                     percent(returned(one)), percent(shown),
                      percent(each_seed(one, "newly_lost", "kept")), f"{100 * max(low):.0f}" if low else "-",
-                     percent(eora and returned(eora)), verdict_of(some)])
+                     percent(control and returned(control)), percent(eora and returned(eora)),
+                     verdict_of(some)])
     rest = f"\n\nToo few lost (fewer than {ENOUGH} facts in some seed): {', '.join(none)}." if none else ""
     return markdown(head, rows) + rest
 

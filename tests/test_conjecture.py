@@ -222,6 +222,9 @@ def test_report_and_figures_of_many_seeds():
              for remedy, text in (("prompt 16", "facts"), ("lora 8", "facts"), ("lora 8", "nobody"))
              if (load, damage) != (120, DAMAGES[1])]
     text = conjecture_numbers.report("dials", cells)
+    # the best is a prompt, and the control text is LoRA's; no eora
+    line = next(line for line in text.splitlines() if line.startswith("| magnitude 50 %"))
+    assert line.endswith("| prompt 16 | 79 [77, 81] | 79 [77, 81] | 10 [10, 10] | 77 | 79 [77, 81] | - | displaced |")
     assert "| displaced |" in text and "| forgotten |" in text and "Too few lost" in text and "Holm" in text
     drawn = figures("dials", cells)
     assert set(drawn) == {"dials.png", "phases.png"}
