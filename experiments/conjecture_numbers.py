@@ -208,31 +208,30 @@ def planted_table(cells):
     return markdown(head, rows)
 
 
-def dial_table(cells, load):
-    """One load: a line a damage that lost enough, and the verdict. -> Markdown."""
+def dial_table(cells):
+    """A line a load and damage that lost enough, and the verdict; then what lost too few. -> Markdown."""
     controlled = CONTROLLED[0]
-    head = ["damage", "lost", "second", "best remedy", "comes back", "shown half", "newly lost", "at least",
-            f"{controlled}, control text", "eora 8", "verdict"]
-    rows, none = [], []
-    for (own, name), some in by_damage(cells).items():
-        if own != load or some[0].damage is None:
-            continue
-        one = best(some)
+    head = ["people", "damage", "lost", "second", "best remedy", "comes back", "shown half", "newly lost",
+            "at least", f"{controlled}, control text", "eora 8", "verdict"]
+    rows, none = [], collections.defaultdict(list)
+    for (load, name), some in by_damage(cells).items():
+        one = some[0].damage and best(some)
         if one is None:
-            if any(returned(cell) is None for cell in some):
-                none.append(name)
+            if some[0].damage and any(returned(cell) is None for cell in some):
+                none[load].append(name)
             continue
         control, eora = find(some, controlled, "nobody"), find(some, "eora 8")
         ends = [mean_ci95(returned(cell)) for cell in some if is_evidence(cell.remedy)]
         low = [max(0, end[0]) for end in ends if end]
         shown = [corrected(value) for value in each_seed(one, "shown_returned", "shown_lost")]
-        rows.append([name, percent(lost_share(one)), percent(each_seed(one, "second", "lost")), one.remedy,
-                     percent(returned(one)), percent(shown),
+        rows.append([load, name, percent(lost_share(one)), percent(each_seed(one, "second", "lost")),
+                     one.remedy, percent(returned(one)), percent(shown),
                      percent(each_seed(one, "newly_lost", "kept")), f"{100 * max(low):.0f}" if low else "-",
                      percent(control and returned(control)), percent(eora and returned(eora)),
                      verdict_of(some)])
-    rest = f"\n\nToo few lost (fewer than {ENOUGH} facts in some seed): {', '.join(none)}." if none else ""
-    return markdown(head, rows) + rest
+    rest = "; ".join(f"{load} people: {', '.join(names)}" for load, names in none.items())
+    words = f"\n\nToo few lost (fewer than {ENOUGH} facts in some seed): {rest}." if none else ""
+    return markdown(head, sorted(rows, key=lambda row: row[0])) + words
 
 
 def remedy_table(cells):
@@ -271,10 +270,9 @@ def report(name, cells):
     words = "Per cent; [95 % over seeds]; shares are corrected for guessing."
     if name == "planted":
         return "\n\n".join([f"# {name}", planted_table(cells), words])
-    loads = dict.fromkeys(cell.load for cell in cells)
-    parts = [f"## {load} people per domain\n\n{dial_table(cells, load)}" for load in loads]
     paired_tests = ["## Paired tests", test_table(cells)] if tests(cells) else []
-    return "\n\n".join([f"# {name}", *parts, words, "## Remedies", remedy_table(cells), *paired_tests])
+    remedies = ["## Remedies", remedy_table(cells)]
+    return "\n\n".join([f"# {name}", dial_table(cells), words, *remedies, *paired_tests])
 
 
 def summary(cells):

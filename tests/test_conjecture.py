@@ -223,9 +223,11 @@ def test_report_and_figures_of_many_seeds():
              if (load, damage) != (120, DAMAGES[1])]
     text = conjecture_numbers.report("dials", cells)
     # the best is a prompt, and the control text is LoRA's; no eora
-    line = next(line for line in text.splitlines() if line.startswith("| magnitude 50 %"))
+    line = next(line for line in text.splitlines() if line.startswith("| 240 | magnitude 50 %"))
     assert line.endswith("| prompt 16 | 79 [77, 81] | 79 [77, 81] | 10 [10, 10] | 77 | 79 [77, 81] | - | displaced |")
-    assert "| displaced |" in text and "| forgotten |" in text and "Too few lost" in text and "Holm" in text
+    assert "| displaced |" in text and "| forgotten |" in text and "Holm" in text
+    assert "in some seed): 120 people: magnitude 60 %; 240 people: magnitude 60 %.\n" in text
+    assert [line.split("|")[1] for line in text.splitlines() if line.endswith(("ed |", "en |"))] == [" 120 ", " 240 ", " 240 "]
     drawn = figures("dials", cells)
     assert set(drawn) == {"dials.png", "phases.png"}
     panels = drawn["dials.png"].axes                       # a damage that took too little anywhere has no place
@@ -329,5 +331,5 @@ def test_uncompressed_cells_alone_have_no_phase_diagram():
 
 
 def test_a_remedy_that_is_no_evidence_does_not_make_nothing_lost():
-    assert "Too few lost" not in conjecture_numbers.dial_table([cell([0.5, 0.6], remedy="eora 8")], 240)
-    assert "Too few lost" in conjecture_numbers.dial_table([cell([0.5, 0.6], lost=3)], 240)
+    assert "Too few lost" not in conjecture_numbers.dial_table([cell([0.5, 0.6], remedy="eora 8")])
+    assert "Too few lost" in conjecture_numbers.dial_table([cell([0.5, 0.6], lost=3)])
