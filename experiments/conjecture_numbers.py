@@ -235,14 +235,19 @@ def dial_table(cells):
 
 
 def remedy_table(cells):
-    """A line a remedy: means over all damages that lost enough; its price on the uncompressed model."""
+    """A line a remedy: means over the damages that lost enough at every load; its price on the uncompressed
+    model.
+    """
     loads = list(dict.fromkeys(cell.load for cell in cells))
+    enough = [{damage_name(cell.damage) for cell in cells if cell.load == load and returned(cell)}
+              for load in loads]
     head = ["remedy", "numbers", *(f"comes back, {load} people" for load in loads),
             "unknown people right", *(f"newly lost if uncompressed, {load}" for load in loads)]
     rows = []
     for remedy, text in dict.fromkeys((cell.remedy, cell.text) for cell in cells if cell.remedy):
         mine = [cell for cell in cells if (cell.remedy, cell.text) == (remedy, text)]
-        means = [mean_returned([cell for cell in mine if cell.load == load]) for load in loads]
+        counted = [cell for cell in mine if damage_name(cell.damage) in set.intersection(*enough)]
+        means = [mean_returned([cell for cell in counted if cell.load == load]) for load in loads]
         price = [next((cell for cell in mine if cell.load == load and cell.damage is None), None)
                  for load in loads]
         guessed = [value for cell in mine for value in each_seed(cell, "guessed", "unknown")]

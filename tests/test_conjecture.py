@@ -324,6 +324,15 @@ def test_planted_says_which_remedies_it_tries():
         conjecture.parse(["planted", "--remedies", "lora 1"])
 
 
+def test_means_are_over_damages_that_lost_enough_at_every_load():
+    """One damage that is there at both loads, one at one, one that takes too few at the other."""
+    cells = [cell([share, share], load=load, damage=damage, lost=lost) for load, damage, share, lost in (
+        (120, DAMAGES[0], 0.5, 100), (240, DAMAGES[0], 0.4, 100), (240, DAMAGES[1], 0.9, 100),
+        (120, DAMAGES[2], 0.9, 3), (240, DAMAGES[2], 0.9, 100))]
+    line = conjecture_numbers.remedy_table(cells).splitlines()[2]
+    assert line.startswith("| prompt 16 | 1,024 | 47 [47, 47] | 36 [36, 36] |")     # (0.5 - 1/16) / (15/16), and of 0.4
+
+
 def test_uncompressed_cells_alone_have_no_phase_diagram():
     cells = [cell([0.5, 0.6], damage=None)]
     assert set(figures("dials", cells)) == {"dials.png"}
