@@ -174,15 +174,18 @@ def table(rows, models):
             continue
         row, mine = rows[model.label], answers(rows[model.label])
         count, (lost, gained) = counts(dense, compressed, mine), discordant(dense, mine)
+        broken, mended = discordant(compressed, mine)
         test = tests.get(model.label)
         cell = "-" if test is None else (
             f"{100 * test['difference']:+.1f} [{100 * test['ci95'][0]:.1f}, {100 * test['ci95'][1]:.1f}], "
             f"p {test['p']:.2g} (Holm {adjusted[model.label]:.2g})")
         lines.append([model.label, f"{row['ppl']:.2f}", f"{100 * sum(mine) / len(mine):.1f}",
-                      f"{lost} / {gained}", share(count["back"], count["lost"]),
+                      f"{lost} / {gained}", f"{broken} / {mended}, p {mcnemar(compressed, mine):.2g}",
+                      share(count["back"], count["lost"]),
                       share(count["newly_lost"], count["kept"]),
                       share(count["gained"], count["never"]), cell])
-    return markdown(["model", "ppl", "right %", "lost / gained against dense", "of the lost: come back",
+    return markdown(["model", "ppl", "right %", "lost / gained against dense",
+                     "lost / gained against compressed", "of the lost: come back",
                      "of the kept: newly lost", "of the never known: gained",
                      "come back, beyond another calibration sample, points"], lines)
 

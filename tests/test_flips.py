@@ -34,6 +34,12 @@ def test_what_comes_back_is_tested_against_another_sample():
     assert test["difference"] == pytest.approx(0.6), "8 of the 10 lost items against 2"
     assert test["p"] == mcnemar([True] * 2 + [False] * 8, [True] * 8 + [False] * 2)
     assert flips.beyond_noise(rows, flips.SAMPLE)["p"] == 1
+    for one in rows.values():
+        one["ppl"] = 3
+    lines = flips.table(rows, [flips.Model("new", 0, False, "lora", 0), flips.Model(flips.SAMPLE, 1)]).splitlines()
+    # dense has the first 12 of 13 right, the compressed one the last 3
+    assert lines[2].startswith("| new | 3.00 | 61.5 | 4 / 0 | 3 / 8, p 0.23 | 8/10 80.0 % ")
+    assert lines[3].startswith(f"| {flips.SAMPLE} | 3.00 | 38.5 | 8 / 1 | 0 / 2, p 0.5 | 2/10 20.0 % ")
 
 
 def test_every_model_is_asked_and_each_compression_once():
