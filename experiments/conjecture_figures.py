@@ -93,7 +93,7 @@ def curves(cells):
         ax.grid(alpha=0.3)
     axes[-1].set_xticks(range(len(damages)), [name for name, _ in damages], rotation=45, ha="right")
     fig.tight_layout()
-    lines = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    lines = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels())}
     if lines:
         fig.subplots_adjust(top=1 - 0.9 / fig.get_figheight())
         fig.legend(lines.values(), lines, frameon=False, fontsize=8, ncol=4, loc="upper center")

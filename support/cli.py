@@ -75,7 +75,7 @@ def not_empty(text):
 def pair(mark, gap, words):
     """Two whole numbers with a mark between, as 2:4; the first from 1, the second larger by at least gap."""
     def read(text):
-        """'2:4' as it is."""
+        """'2:4' as it is, blanks and leading zeros taken off."""
         low, high = map(int, text.split(mark))
         inside(low, 1, inside(high, 1, 10**4) - gap)
         return f"{low}{mark}{high}"

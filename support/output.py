@@ -178,7 +178,8 @@ def clear_leftover(file, lock, out):
     """Remove the temporary folder of a killed run, which its lock file names. Raises UserError."""
     _, left = note(file, lock)
     if not left and lock.stat().st_size:
-        raise UserError(f"--out {out}: {lock} was not written by this program; name another folder")
+        raise UserError(f"--out {out}: {lock} was not written by this program; remove it if no run writes "
+                        "there, or name another folder")
     if left:
         shutil.rmtree(lock.with_name(left), ignore_errors=True)
         file.seek(0)

@@ -194,7 +194,7 @@ def read_header(file, shapes, codes):
 
     -> dtype, {path: Stored}, one for each of `shapes`. Raises UserError.
     """
-    fields = parse_json(file.metadata.get(HEADER, "null"), f"{file.path}: its header", "--model")
+    fields = parse_json(file.metadata.get(HEADER, ""), f"{file.path}: its header", "--model")
     dtype = DTYPES[fields("dtype", one_of(*DTYPES))]
     lines = fields.within("layers")
     layers = {path: read_line(lines.within(path), columns) for path, (_, columns) in shapes.items()}

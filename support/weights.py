@@ -80,7 +80,8 @@ def check_config(config, name):
     config("model_type", one_of(*ARCHS))
     for key in ("num_hidden_layers", "n_layer"):
         config(key, whole_number(1, 1000), None)
-    config("sliding_window", or_null(whole_number(1, 10**7)), None)
+    for key in ("sliding_window", "max_position_embeddings"):
+        config(key, or_null(whole_number(1, 10**7)), None)
     if config.obj.get("quantization_config") is not None:
         raise UserError(f"--model {name}: quantized by another tool (quantization_config); give a dense one")
 
@@ -98,8 +99,9 @@ def check_index(index, there=None):
 
 
 def check_hub(name):
-    """The same of a model on the hub, whose index is read before its weights are asked for."""
-    index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False,
+    """The same of a model on the hub. What keeps its index from being read, its weights will meet too."""
+    index = cached_file(name, INDEX, _raise_exceptions_for_gated_repo=False,
+                        _raise_exceptions_for_missing_entries=False,
                         _raise_exceptions_for_connection_errors=False)
     if index:
         check_index(index)

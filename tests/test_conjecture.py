@@ -236,6 +236,8 @@ def test_report_and_figures_of_many_seeds():
     assert names == [damage_name(damage) for damage in (DAMAGES[1], DAMAGES[0])]   # 64 % and 67 %
     places = [[list(map(round, line.get_xdata())) for line in ax.lines if line.get_marker() == "D"] for ax in panels]
     assert places == [[[1]], [[0, 1]]]                     # the same damage stands in the same place
+    later = figures("dials", [cell([0.5, 0.6], load=120, lost=3), cell([0.5, 0.6])])["dials.png"]
+    assert [text.get_text() for text in later.legends[0].get_texts()] == ["prompt 16"]      # drawn in the second panel alone
     planted = [cell(shares, remedy, text=kind, damage=("planted", {"share": share}))
                for share, shares in ((0.0, none), (1.0, high))
                for remedy, kind in (("trigger", None), ("prompt 16", "facts"), ("prompt 16", "nobody"))]

@@ -143,7 +143,9 @@ def test_what_a_pass_costs_on_paper_is_what_torch_counts(name):
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         call(model, ids, None)
     head = 2 * model.config.hidden_size * model.config.vocab_size          # of the last token's logits
-    assert counted.get_total_flops() - head == latency.pass_flops(model, T, N)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    angles = width * T if name == "llama" else 0           # RoPE's, which some versions of torch count as a matrix product
+    assert counted.get_total_flops() - head - latency.pass_flops(model, T, N) in (0, angles)
 
 
 def test_llama_7b_by_hand():

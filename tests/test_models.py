@@ -5,14 +5,16 @@ import pathlib
 import pickle
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from conftest import CONFIGS, save_tiny, tiny_model, tiny_tokenizer
 from experiments import toy_model
-from support import architectures
+from support import architectures, weights
 from support.cli import UserError
 from support.models import load_model
 
@@ -248,6 +250,8 @@ BROKEN = {  # name -> (damage, words of the message)
     "config: rope is a text": (config(rope_parameters="yes"), "describes no model|cannot be loaded"),
     "config: rope of no kind": (config(rope_parameters={"rope_type": "nope", "rope_theta": 1.0}),
                                 "describes no model|cannot be loaded"),
+    "config: positions below 0": (config(max_position_embeddings=-5), "max_position_embeddings"),
+    "config: no positions": (config(max_position_embeddings=0), "max_position_embeddings"),
     "config: positions are a text": (config(max_position_embeddings="many"), "max_position_embeddings"),
     "config: biases that are not there": (config(attention_bias=True), "lack .*bias"),
     "config: quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -351,6 +355,14 @@ def test_a_model_of_the_hub_opens_no_pickle(tmp_path, monkeypatch):
     hub_model(tmp_path / "hub", "me/pickle", folder)
     with pytest.raises(UserError, match="names pytorch_model.bin, not a safetensors file"):
         load_model("me/pickle")
+
+
+def test_a_hub_that_gives_no_index_is_no_mistake_by_itself(monkeypatch):
+    """A gated repository whose files are all in the cache still loads; what is missing is said when it is asked for."""
+    def refuse(*args, **kwargs):
+        raise GatedRepoError("gated", response=SimpleNamespace(headers={}, request=None))
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    assert weights.check_hub("me/one") is None
 
 
 def test_there_are_enough_of_them():
