@@ -239,14 +239,14 @@ def remedy_table(cells):
     model.
     """
     loads = list(dict.fromkeys(cell.load for cell in cells))
-    enough = [{damage_name(cell.damage) for cell in cells if cell.load == load and returned(cell)}
-              for load in loads]
+    enough = set.intersection(*({damage_name(cell.damage) for cell in cells
+                                 if cell.load == load and returned(cell)} for load in loads))
     head = ["remedy", "numbers", *(f"comes back, {load} people" for load in loads),
             "unknown people right", *(f"newly lost if uncompressed, {load}" for load in loads)]
     rows = []
     for remedy, text in dict.fromkeys((cell.remedy, cell.text) for cell in cells if cell.remedy):
         mine = [cell for cell in cells if (cell.remedy, cell.text) == (remedy, text)]
-        counted = [cell for cell in mine if damage_name(cell.damage) in set.intersection(*enough)]
+        counted = [cell for cell in mine if damage_name(cell.damage) in enough]
         means = [mean_returned([cell for cell in counted if cell.load == load]) for load in loads]
         price = [next((cell for cell in mine if cell.load == load and cell.damage is None), None)
                  for load in loads]
